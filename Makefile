@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+
+PYTHON ?= python3
+# RUN=name renders the pages from the statistics that `make capture RUN=name` wrote, beside the stored ones.
+RUN ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+SUFFIX := $(if $(RUN),-$(RUN))
+EXECUTED := build/notebooks$(SUFFIX)
+BOOK := build/book$(SUFFIX)
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+PAGES := $(NOTEBOOKS:notebooks/%.ipynb=$(EXECUTED)/%.ipynb)
+# A folder's own time changes when a file leaves it, so folders are inputs too.
+DATA := $(shell find results models $(if $(RUN),$(wildcard runs/$(RUN))) -not -name '.*' 2>/dev/null)
+PACKAGE := $(wildcard nvfp4_utils/*.py)
+PROSE := $(shell find book -type f 2>/dev/null) _config.yml _toc.yml
+
+export JUPYTER_PLATFORM_DIRS := 1
+export PYTHONHASHSEED := 0
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help book test lab lint linkcheck capture clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
+		while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+book: $(BOOK)/.built ## Execute the notebooks and build the pages (RUN=name: from a run of make capture)
+	@echo "Open file://$(abspath $(BOOK))/_build/html/index.html"
+
+test: .venv/.test ## Run the tests (PYTEST_ARGS=... is passed on); GPU tests run where there is one
+	marks=$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")') && \
+		MPLBACKEND=Agg HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "$$marks" $(PYTEST_ARGS)
+
+lab: .venv/.book ## Open JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=. notebooks
+
+lint: .venv/.test ## Check style, types and that the notebooks carry no outputs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/nbstripout --verify --keep-id $(NOTEBOOKS)
+
+linkcheck: $(BOOK)/.built ## Check every external link of the pages (needs the network)
+	$(BIN)/jupyter-book build $(BOOK) --path-output $(BOOK) --builder linkcheck
+
+capture: .venv/.book ## Capture statistics: MODEL=path-or-id DATASET=mix RUN=name
+	@test -n "$(MODEL)" -a -n "$(DATASET)" -a -n "$(RUN)" || \
+		{ echo 'usage: make capture MODEL=path-or-id DATASET=mix RUN=name' >&2; exit 2; }
+	$(BIN)/python -m nvfp4_utils.capture_run --model "$(MODEL)" --dataset "$(DATASET)" --run "$(RUN)"
+
+clean: ## Delete what was built (runs/ and .venv stay)
+	rm -rf build
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.book: requirements.txt pyproject.toml | $(BIN)/python
+	@echo "Installing requirements.txt into .venv (some minutes, once)"
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/.test: requirements-dev.txt .venv/.book
+	@echo "Installing requirements-dev.txt into .venv"
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+# Agg as an inherited backend would leave the pages without figures.
+$(EXECUTED)/%.ipynb: notebooks/%.ipynb scripts/execute_notebook.py $(PACKAGE) $(DATA) .venv/.book
+	@mkdir -p $(@D)
+	MPLBACKEND=module://matplotlib_inline.backend_inline HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error \
+		$(BIN)/python scripts/execute_notebook.py $< $@ $(if $(RUN),--run $(RUN))
+
+# Built from nothing each time: an incremental Sphinx build does not repeat the warnings of the last one.
+$(BOOK)/.built: $(PAGES) $(PROSE)
+	rm -rf $(BOOK)
+	mkdir -p $(BOOK)/notebooks
+	cp -r book _config.yml _toc.yml $(BOOK)
+	if [ -d book/_static ]; then cp -r book/_static $(BOOK); fi
+	cp $(PAGES) $(BOOK)/notebooks
+	$(BIN)/jupyter-book build $(BOOK) --path-output $(BOOK) -W -n --keep-going
+	@touch $@

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""Capture activation statistics at named sites of a Hugging Face model while it runs.
+
+Activations are counted where they arise and never written anywhere: what leaves a forward pass is
+a joint histogram a group of sequences, and each sequence's amax.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import reduce
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .statistics import ActivationStatistics
+
+# The modules whose first input is the site's activation. The projections that read the same input
+# (q, k, v; gate, up; the linear-attention in_projs) share one site and one input_scale.
+SITES = {
+    "attention_input": r"self_attn\.q_proj|linear_attn\.in_proj_qkv|self_attn\.qkv_proj|"
+    r"attention\.self\.query",
+    "o_proj_input": r"self_attn\.o_proj|linear_attn\.out_proj|attention\.output\.dense",
+    "mlp_input": r"mlp|intermediate\.dense",
+    "down_proj_input": r"mlp\.down_proj|layer\.\d+\.output\.dense",
+}
+
+
+@dataclass
+class SiteStatistics:
+    """What ``capture`` keeps of one site.
+
+    ``groups``: statistics of consecutive groups of ``group_size`` sequences (the last may hold
+    fewer), the unit of bootstrap intervals. ``sequence_amax``: float64 [sequences], the largest
+    magnitude of each sequence, so that any subset's amax is known.
+    """
+
+    group_size: int
+    groups: list[ActivationStatistics] = field(default_factory=list)
+    sequence_amax: torch.Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.float64)
+    )
+
+    @property
+    def total(self) -> ActivationStatistics:
+        """The groups' sum."""
+        return reduce(lambda a, b: a + b, self.groups)
+
+
+def find_sites(model: nn.Module, sites: Sequence[str]) -> dict[str, nn.Module]:
+    """Site label -> module. A site is a name in ``SITES`` or a regular expression on module names.
+
+    Labels are ``layers.<i>.<site>``, or the module's own name for a regular expression.
+    """
+    found: dict[str, nn.Module] = {}
+    for site in sites:
+        before = len(found)
+        if site in SITES:
+            pattern = re.compile(rf"(?:.*\.)?layers?\.(\d+)\.(?:.*\.)?(?:{SITES[site]})")
+        else:
+            pattern = re.compile(site)
+        for name, module in model.named_modules():
+            match = pattern.fullmatch(name)
+            if match:
+                found[f"layers.{match[1]}.{site}" if site in SITES else name] = module
+        if len(found) == before:
+            linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+            raise ValueError(
+                f"site {site!r} matches no module of {type(model).__name__}; expected one of "
+                f"{', '.join(SITES)} or a regular expression on a full module name, such as "
+                f"{linears[:3]}."
+            )
+    return found
+
+
+@contextmanager
+def hooked(
+    model: nn.Module, sites: Sequence[str], callback: Callable[[str, torch.Tensor], None]
+) -> Iterator[dict[str, nn.Module]]:
+    """Call ``callback(site, input)`` before each site's forward; the model is restored on exit.
+
+    Evaluation mode inside, hooks removed and the training flag put back even when a forward raises.
+    """
+    found = find_sites(model, sites)
+
+    def pre_hook(label: str):
+        def hook(module, args, kwargs):
+            x = args[0] if args else next(v for v in kwargs.values() if torch.is_tensor(v))
+            callback(label, x)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(pre_hook(label), with_kwargs=True)
+        for label, module in found.items()
+    ]
+    training = model.training
+    model.eval()
+    try:
+        yield found
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+
+def capture(
+    model: nn.Module,
+    batches: Iterable[torch.Tensor | dict[str, torch.Tensor]],
+    sites: Sequence[str] = ("mlp_input", "down_proj_input"),
+    *,
+    group_size: int = 32,
+    progress: bool = True,
+) -> dict[str, SiteStatistics]:
+    """Run ``batches`` through ``model`` and return each site's statistics.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any Hugging Face model whose decoder layers are named ``layers.<i>`` or ``layer.<i>``, in
+        bfloat16 or float16.
+    batches : iterable of int tensors [sequences, tokens] or of dicts
+        A dict holds ``input_ids`` and optionally ``attention_mask`` [sequences, tokens]; tokens
+        with mask 0 are padding and are never counted.
+    sites : names in ``SITES``, or regular expressions on module names
+    group_size : int
+        Sequences a statistics group.
+    progress : bool
+        Show a tqdm bar.
+
+    Returns
+    -------
+    dict of site label -> SiteStatistics, in module order.
+
+    Raises
+    ------
+    ValueError
+        If a site matches nothing, no batch comes, or an activation is NaN or infinite.
+    TypeError
+        If an activation is not 16-bit floating point.
+
+    Examples
+    --------
+    >>> statistics = capture(model, tokens.split(8), ["down_proj_input"])  # doctest: +SKIP
+    >>> statistics["layers.3.down_proj_input"].total.amax  # doctest: +SKIP
+    """
+    if group_size < 1:
+        raise ValueError(f"group_size is {group_size}; expected at least 1 sequence.")
+    device = next(model.parameters()).device
+    result: dict[str, SiteStatistics] = {}
+    mask: torch.Tensor | None = None
+    first = 0  # sequences seen before this batch
+
+    def count(label: str, x: torch.Tensor) -> None:
+        site = result.setdefault(label, SiteStatistics(group_size))
+        keep = mask.bool() if mask is not None else None
+        magnitude = x.detach().abs()
+        if keep is not None:
+            magnitude = magnitude.masked_fill(~keep[..., None], 0)
+        amax = magnitude.flatten(1).amax(dim=1).to(torch.float64).cpu()
+        site.sequence_amax = torch.cat([site.sequence_amax, amax])
+        start = 0
+        while start < len(x):
+            room = group_size - (first + start) % group_size
+            part = slice(start, start + room)
+            if (first + start) % group_size == 0:
+                site.groups.append(ActivationStatistics())
+            rows = x[part] if keep is None else x[part][keep[part]]
+            if rows.numel():
+                site.groups[-1].update(rows)
+            start += room
+
+    with torch.inference_mode(), hooked(model, sites, count) as found:
+        for batch in tqdm(batches, desc="capture", unit="batch", disable=not progress):
+            inputs = batch if isinstance(batch, dict) else {"input_ids": batch}
+            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+            mask = inputs.get("attention_mask")
+            # The head's logits are not needed, only the layers' inputs.
+            getattr(model, "model", model)(**inputs)
+            first += len(inputs["input_ids"])
+    if not result:
+        raise ValueError(
+            f"no batch reached the sites {list(found)[:4]}; expected at least one batch of "
+            "sequences. The dataset may have ended early."
+        )
+    return {label: result[label] for label in found if label in result}

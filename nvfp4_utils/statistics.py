@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""The mergeable sufficient statistic of a 16-bit activation tensor for NVFP4.
+
+The error of an element depends on the element, its block's amax and the scale alone. A bfloat16 or
+float16 magnitude is one of 2**15 codes, so the joint histogram of (block amax code, element code)
+holds everything that MSE(g), every percentile and every amax need, and histograms add.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from .quantize import (
+    BLOCK_SIZE,
+    E2M1_VALUES,
+    Underflow,
+    block_scale_e4m3,
+    check_scale,
+    check_tensor,
+    check_underflow,
+    round_e2m1,
+)
+
+CODE_BITS = 15  # a 16-bit float without its sign
+INFINITY_CODE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_CELLS = 2**26  # of a dense histogram; wider code ranges are sorted instead
+# Interval sums cancel: below this error-to-signal ratio they lose more than 1e-12 relative.
+MIN_CONDITION = 1e-4
+
+# An element is rounded from E2M1_VALUES[k] to [k + 1] at these midpoints; ties go to the even code,
+# so every other midpoint belongs to the upper value.
+_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+_TIE_GOES_UP = (False, True, False, True, False, True, False)
+
+
+def codes_to_values(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Magnitudes, float64, of sign-free 16-bit float codes."""
+    return codes.to(torch.int16).view(dtype).to(torch.float64)
+
+
+def _rank(p: float, n: int) -> int:
+    """The ``kthvalue`` rank of percentile ``p`` among ``n`` values, counted from 1."""
+    if not 0 < p <= 100:
+        raise ValueError(f"percentile is {p}; expected a percentage in (0, 100].")
+    return max(1, min(n, round(p / 100 * n)))
+
+
+class Marginals:
+    """The two marginals of the joint histogram: what a calibration policy may look at.
+
+    ``element_codes``/``element_counts``: distinct \\|x\\| codes and how many elements have each;
+    ``block_codes``/``block_counts``: distinct block-amax codes and how many blocks have each. All
+    int64 tensors, codes ascending.
+    """
+
+    def __init__(self, dtype, element_codes, element_counts, block_codes, block_counts):
+        self.dtype = dtype
+        self.element_codes, self.element_counts = element_codes, element_counts
+        self.block_codes, self.block_counts = block_codes, block_counts
+
+    @cached_property
+    def count(self) -> int:
+        """Number of elements."""
+        return int(self.element_counts.sum())
+
+    @cached_property
+    def amax(self) -> float:
+        """Largest magnitude."""
+        return float(codes_to_values(self.element_codes[-1:], self.dtype)[0])
+
+    @cached_property
+    def signal_power(self) -> float:
+        """Mean square of the elements, float64."""
+        values = codes_to_values(self.element_codes, self.dtype)
+        return float((values.square() * self.element_counts).sum()) / self.count
+
+    def percentile(self, p: float) -> float:
+        """Order statistic of \\|x\\| at ``p`` percent: rank ``max(1, min(n, round(p/100 n)))``."""
+        return self._order_statistic(self.element_codes, self.element_counts, p)
+
+    def block_amax_percentile(self, p: float, *, above: float | None = None) -> float:
+        """Order statistic of the per-block amax at ``p`` percent.
+
+        With ``above``, only blocks whose amax is greater are ranked (``above=0``: nonzero blocks).
+        """
+        codes, counts = self.block_codes, self.block_counts
+        if above is not None:
+            keep = codes_to_values(codes, self.dtype) > above
+            codes, counts = codes[keep], counts[keep]
+        return self._order_statistic(codes, counts, p)
+
+    def _order_statistic(self, codes, counts, p: float) -> float:
+        n = int(counts.sum())
+        if n == 0:
+            raise ValueError("no value is left to rank; expected at least one nonzero block.")
+        at = torch.searchsorted(counts.cumsum(0), _rank(p, n))
+        return float(codes_to_values(codes[at : at + 1], self.dtype)[0])
+
+    def __add__(self, other: Marginals) -> Marginals:
+        if self.dtype != other.dtype:
+            raise TypeError(f"cannot add statistics of {self.dtype} and {other.dtype}.")
+        return Marginals(
+            self.dtype,
+            *_merge(
+                self.element_codes, self.element_counts, other.element_codes, other.element_counts
+            ),
+            *_merge(self.block_codes, self.block_counts, other.block_codes, other.block_counts),
+        )
+
+
+def _merge(keys_a, counts_a, keys_b, counts_b):
+    """Sum two sparse histograms with sorted keys."""
+    keys, where = torch.unique(torch.cat([keys_a, keys_b]), return_inverse=True)
+    counts = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
+    counts.index_add_(0, where, torch.cat([counts_a, counts_b]))
+    return keys, counts
+
+
+def joint_histogram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted keys ``block_amax_code << 15 | element_code`` (int64) and their counts (int64).
+
+    Codes are counted in a dense table over the ranges that occur; where that table would be larger
+    than ``MAX_CELLS``, by sorting.
+    """
+    if x.dtype not in INFINITY_CODE:
+        raise TypeError(
+            f"x has dtype {str(x.dtype).removeprefix('torch.')}; expected bfloat16 or float16: the "
+            "joint histogram counts 16-bit codes. Cast with x.to(torch.bfloat16), which is what a "
+            "bfloat16 model feeds its quantizers."
+        )
+    check_tensor(x)
+    codes = (x.detach().contiguous().view(torch.int16) & 0x7FFF).view(-1, BLOCK_SIZE)
+    block_codes = codes.amax(dim=-1)
+    highest = int(block_codes.max())
+    if highest >= INFINITY_CODE[x.dtype]:
+        bad = int((codes >= INFINITY_CODE[x.dtype]).sum())
+        raise ValueError(
+            f"x holds {bad} values that are NaN or infinite; expected finite activations. Find the "
+            "layer that overflows before calibrating."
+        )
+    # Column and row 0 stand for code 0; the rest for the ranges of nonzero codes that occur.
+    low_element = int(torch.where(codes == 0, 0x7FFF, codes).min())
+    low_block = int(torch.where(block_codes == 0, 0x7FFF, block_codes).min())
+    columns = max(highest - low_element, 0) + 2
+    rows = max(highest - low_block, 0) + 2
+    if rows * columns > MAX_CELLS:
+        return _joint_histogram_sorted(codes, block_codes)
+    table = torch.zeros(rows * columns, dtype=torch.int64, device=x.device)
+    blocks_at_once = max(2**16, rows * columns // 4)  # amortizes one table per chunk
+    for start in range(0, len(codes), blocks_at_once):
+        part = slice(start, start + blocks_at_once)
+        row = (block_codes[part].to(torch.int32) - (low_block - 1)).clamp_(min=0)
+        column = (codes[part].to(torch.int32) - (low_element - 1)).clamp_(min=0)
+        cell = column.add_(row.mul_(columns)[:, None])
+        table += torch.bincount(cell.view(-1), minlength=len(table))
+    cells = table.nonzero().view(-1)
+    row, column = cells // columns, cells % columns
+    block = torch.where(row == 0, 0, row + (low_block - 1))
+    element = torch.where(column == 0, 0, column + (low_element - 1))
+    return block << CODE_BITS | element, table[cells]
+
+
+def _joint_histogram_sorted(codes, block_codes):
+    keys = counts = None
+    for start in range(0, len(codes), 2**18):
+        part = slice(start, start + 2**18)
+        joint = (block_codes[part].to(torch.int64) << CODE_BITS)[:, None] | codes[part]
+        found = torch.unique(joint, return_counts=True)
+        keys, counts = found if keys is None else _merge(keys, counts, *found)
+    return keys, counts
+
+
+class ActivationStatistics:
+    """Joint histogram of (block amax code, \\|x\\| code): sufficient for MSE at every scale.
+
+    Statistics add up over batches, devices and machines, exactly: counts are 64-bit integers.
+    ``keys`` is sorted, ``block_amax_code << 15 | element_code``; ``counts`` is int64.
+
+    Examples
+    --------
+    >>> x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    >>> a, b = (ActivationStatistics.from_tensor(part) for part in x.split(32))
+    >>> (a + b).mse(0.001) == ActivationStatistics.from_tensor(x).mse(0.001)
+    True
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None, keys=None, counts=None):
+        self.dtype = dtype
+        self.keys = torch.zeros(0, dtype=torch.int64) if keys is None else keys
+        self.counts = torch.zeros(0, dtype=torch.int64) if counts is None else counts
+
+    @classmethod
+    def from_tensor(cls, x: torch.Tensor) -> ActivationStatistics:
+        """Statistics of one tensor ``[..., 16 k]``, bfloat16 or float16. Raises as ``update``."""
+        return cls().update(x)
+
+    def update(self, x: torch.Tensor) -> ActivationStatistics:
+        """Count a tensor ``[..., 16 k]`` in; returns ``self``.
+
+        Raises
+        ------
+        TypeError
+            For a dtype other than bfloat16 and float16, or another than was counted before.
+        ValueError
+            For a last dimension that is not a multiple of 16, NaN or infinity.
+        """
+        return self.merge(ActivationStatistics(x.dtype, *joint_histogram(x)))
+
+    def merge(self, other: ActivationStatistics) -> ActivationStatistics:
+        """Add another statistic's counts to this one's; returns ``self``."""
+        if self.dtype is None:
+            self.dtype, self.keys, self.counts = other.dtype, other.keys, other.counts
+        elif other.dtype is not None:
+            if self.dtype != other.dtype:
+                raise TypeError(
+                    f"cannot merge statistics of {self.dtype} and {other.dtype}; expected one "
+                    "dtype. Cast the activations to one dtype before counting."
+                )
+            self.keys, self.counts = _merge(
+                self.keys, self.counts, other.keys.to(self.keys.device),
+                other.counts.to(self.keys.device),
+            )  # fmt: skip
+        for name in ("marginals", "_prefix_sums"):
+            self.__dict__.pop(name, None)  # caches of the old counts
+        return self
+
+    def __add__(self, other: ActivationStatistics) -> ActivationStatistics:
+        return ActivationStatistics(self.dtype, self.keys, self.counts).merge(other)
+
+    def to(self, device) -> ActivationStatistics:
+        """The same statistic with its tensors on ``device``."""
+        return ActivationStatistics(self.dtype, self.keys.to(device), self.counts.to(device))
+
+    @property
+    def block_codes(self) -> torch.Tensor:
+        """Block amax code of every pair."""
+        return self.keys >> CODE_BITS
+
+    @property
+    def element_codes(self) -> torch.Tensor:
+        """Element code of every pair."""
+        return self.keys & (2**CODE_BITS - 1)
+
+    @cached_property
+    def marginals(self) -> Marginals:
+        """The element and the block-amax marginal, on the CPU."""
+        if self.dtype is None:
+            raise ValueError("the statistic is empty; expected at least one update(x) before.")
+        empty = torch.zeros(0, dtype=torch.int64)
+        counts = self.counts.cpu()
+        elements = _merge(self.element_codes.cpu(), counts, empty, empty)
+        blocks, block_counts = _merge(self.block_codes.cpu(), counts, empty, empty)
+        return Marginals(self.dtype, *elements, blocks, block_counts // BLOCK_SIZE)
+
+    @property
+    def count(self) -> int:
+        """Number of elements counted."""
+        return int(self.counts.sum())
+
+    @property
+    def amax(self) -> float:
+        """Largest magnitude counted."""
+        return self.marginals.amax
+
+    @property
+    def signal_power(self) -> float:
+        """Mean square of the elements, float64."""
+        return self.marginals.signal_power
+
+    def percentile(self, p: float) -> float:
+        """Order statistic of \\|x\\| at ``p`` percent (``kthvalue`` convention)."""
+        return self.marginals.percentile(p)
+
+    def block_amax_percentile(self, p: float, *, above: float | None = None) -> float:
+        """Order statistic of the per-block amax at ``p`` percent, over blocks above ``above``."""
+        return self.marginals.block_amax_percentile(p, above=above)
+
+    def mse(
+        self,
+        input_scale,
+        underflow: Underflow = "flush",
+        *,
+        out_dtype: torch.dtype = torch.float32,
+    ):
+        """Mean squared error of ``fake_quantize`` at one scale or an array of scales.
+
+        Equal to direct float64 evaluation of ``mean((fake_quantize(x, g) - x)**2)`` to 1e-12
+        relative. Within a block-amax row, elements between two neighbouring E2M1 midpoints all
+        become one value ``y``, so their error is ``y**2 C - 2 y S1 + S2`` with the interval's
+        count and first two power sums: two look-ups in prefix sums.
+
+        Parameters
+        ----------
+        input_scale : float, or array/tensor of floats
+            Rounded to float32.
+        underflow : {"flush", "floor"}
+        out_dtype : dtype
+            Of the fake quantizer's output; float32 (default) or the 16-bit dtype of a layer.
+
+        Returns
+        -------
+        float for one scale, else a float64 numpy array of the scales' shape.
+        """
+        check_underflow(underflow)
+        if self.dtype is None:
+            raise ValueError("the statistic is empty; expected at least one update(x) before.")
+        scales = torch.as_tensor(input_scale, dtype=torch.float64).to(torch.float32)
+        check_scale(scales)
+        flat = scales.flatten().to(self.keys.device)
+        error = self._squared_error(flat, underflow, out_dtype)
+        mse = (error / self.count).cpu().numpy().reshape(scales.shape)
+        return float(mse) if scales.ndim == 0 else mse
+
+    def snr_db(self, input_scale, underflow: Underflow = "flush", **kwargs):
+        """``10 log10(signal_power / mse)`` in dB, for one scale or an array of scales."""
+        with np.errstate(divide="ignore"):
+            snr = 10 * np.log10(self.signal_power / np.asarray(self.mse(input_scale, underflow, **kwargs)))
+        return float(snr) if snr.ndim == 0 else snr
+
+    @cached_property
+    def _prefix_sums(self):
+        """Rows (block codes, first pair of each) and per-row prefix sums of n, n x and n x**2."""
+        rows, sizes = torch.unique_consecutive(self.block_codes, return_counts=True)
+        starts = torch.cumsum(sizes, 0) - sizes
+        x = codes_to_values(self.element_codes, self.dtype).cpu().numpy()
+        n = self.counts.cpu().numpy().astype(np.float64)
+        sums = []
+        for power in (n, n * x, n * x * x):
+            # Extended precision keeps small rows exact beside large ones in one running sum.
+            total = np.concatenate([[0], np.cumsum(power, dtype=np.longdouble)])
+            sums.append(torch.from_numpy(total.astype(np.float64)))
+        return rows, starts, sizes, [s.to(self.keys.device) for s in sums]
+
+    def _squared_error(self, scales, underflow, out_dtype) -> torch.Tensor:
+        rows, starts, sizes, sums = self._prefix_sums
+        signal = float(sums[2][-1])
+        error = torch.zeros(len(scales), dtype=torch.float64, device=scales.device)
+        at_once = max(1, 2**17 // len(rows)) if not scales.is_cuda else 2**22 // len(rows) + 1
+        for part in torch.arange(len(scales), device=scales.device).split(at_once):
+            error[part] = self._row_errors(scales[part], underflow, out_dtype).sum(0)
+        for i in (error < MIN_CONDITION * signal).nonzero().flatten().tolist():
+            error[i] = self._squared_error_direct(scales[i], underflow, out_dtype)
+        return error
+
+    def _row_errors(self, scales, underflow, out_dtype) -> torch.Tensor:
+        """Squared error of each block-amax row at each scale, float64 [rows, scales]."""
+        rows, starts, sizes, (count, first, second) = self._prefix_sums
+        block_amax = codes_to_values(rows, self.dtype).to(torch.float32)[:, None]
+        step = block_scale_e4m3(block_amax, scales, underflow) * scales
+        start, end = starts[:, None].expand_as(step), (starts + sizes)[:, None].expand_as(step)
+        error = torch.zeros_like(step, dtype=torch.float64)
+        below = start
+        for k, value in enumerate(E2M1_VALUES):
+            if k < len(_MIDPOINTS):
+                code = self._last_code_below(k, step.to(torch.float64))
+                key = (rows << CODE_BITS)[:, None] + code
+                above = torch.searchsorted(self.keys, key, right=True)
+                above = torch.minimum(torch.maximum(above, below), end)
+            else:
+                above = end
+            y = (value * step).to(out_dtype).to(torch.float64)
+            error += (
+                y * y * (count[above] - count[below])
+                - 2 * y * (first[above] - first[below])
+                + (second[above] - second[below])
+            )
+            below = above
+        return error
+
+    def _last_code_below(self, k: int, step: torch.Tensor) -> torch.Tensor:
+        """Largest code that still rounds to at most ``E2M1_VALUES[k]``.
+
+        ``float32(x / step)`` passes midpoint ``m`` when ``x / step`` passes the edge of the
+        float32 interval that rounds to ``m``; edge times step is exact in float64.
+        """
+        m = np.float32(_MIDPOINTS[k])
+        neighbour = np.nextafter(m, np.float32(0 if _TIE_GOES_UP[k] else np.inf))
+        threshold = (float(m) + float(neighbour)) / 2 * step
+        nearest = threshold.to(torch.float32).to(self.dtype)
+        # Two roundings may step over a code either way; compare with the exact threshold.
+        code = nearest.view(torch.int16).to(torch.int64)
+        code = torch.clamp(code, max=INFINITY_CODE[self.dtype])
+        value = codes_to_values(code, self.dtype)
+        past = value >= threshold if _TIE_GOES_UP[k] else value > threshold
+        return code - past.to(torch.int64)
+
+    def _squared_error_direct(self, scale, underflow, out_dtype) -> torch.Tensor:
+        """The definition, pair by pair: for nearly exact representations, where sums cancel."""
+        x = codes_to_values(self.element_codes, self.dtype)
+        block_amax = codes_to_values(self.block_codes, self.dtype).to(torch.float32)
+        step = block_scale_e4m3(block_amax, scale, underflow) * scale
+        y = round_e2m1(x.to(torch.float32) / step) * step
+        y = torch.where(step == 0, 0.0, y).to(out_dtype).to(torch.float64)
+        return ((y - x).square() * self.counts).sum()
+
+    def save(self, path, metadata: dict[str, str] | None = None) -> None:
+        """Write Parquet: columns ``block_amax_code``, ``element_code`` (int16), ``count`` (int64)."""
+        if self.dtype is None:
+            raise ValueError("the statistic is empty; expected at least one update(x) before.")
+        table = pa.table(
+            {
+                "block_amax_code": self.block_codes.to(torch.int16).cpu().numpy(),
+                "element_code": self.element_codes.to(torch.int16).cpu().numpy(),
+                "count": self.counts.cpu().numpy(),
+            }
+        ).replace_schema_metadata(
+            {"dtype": str(self.dtype).removeprefix("torch."), "count": str(self.count)}
+            | (metadata or {})
+        )
+        pq.write_table(table, path, compression="zstd", compression_level=12)
+
+    @classmethod
+    def load(cls, path) -> ActivationStatistics:
+        """Read what ``save`` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is truncated, not a statistic, or its counts do not add up.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no statistic at {path}; expected a Parquet file written by "
+                "ActivationStatistics.save. Run the capture that makes it first."
+            )
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(
+                f"{path} is not readable as Parquet ({error}); expected a file written by "
+                "ActivationStatistics.save. It may be truncated: capture it again."
+            ) from error
+        metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        columns = ["block_amax_code", "element_code", "count"]
+        if table.column_names != columns or metadata.get("dtype") not in DTYPE_NAMES:
+            raise ValueError(
+                f"{path} has columns {table.column_names} and dtype {metadata.get('dtype')!r}; "
+                f"expected {columns} and bfloat16 or float16. It is not an ActivationStatistics."
+            )
+        block, element, counts = (
+            torch.from_numpy(table[name].to_numpy().astype(np.int64)) for name in columns
+        )
+        if int(counts.sum()) != int(metadata["count"]):
+            raise ValueError(
+                f"{path} holds {int(counts.sum())} elements; expected {metadata['count']} as its "
+                "header says. It is damaged: capture it again."
+            )
+        return cls(DTYPE_NAMES[metadata["dtype"]], block << CODE_BITS | element, counts)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""The NVFP4 fake quantizer in Triton: one pass over memory, bit-equal to the PyTorch reference.
+
+Rounding uses no FP8 or FP4 conversion instruction: adding and subtracting 1.5 * 2**23 ulps of the
+target grid rounds to nearest even in float32. So the kernel runs on every CUDA device Triton
+supports, and under Triton's interpreter (``TRITON_INTERPRET=1``), which the CPU tests use.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .quantize import BLOCK_SIZE, E2M1_MAX, Underflow
+
+
+@triton.jit
+def _binade(s):
+    """2**floor(log2 s) of positive normal float32 values, from the exponent bits."""
+    return (s.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_e4m3(s):
+    """Nearest-even E4M3 of float32 in [0, 448]: spacing binade / 8, at least 2**-9."""
+    magic = tl.maximum(_binade(s), 0.015625) * 1572864.0  # 1.5 * 2**20 * max(binade, 2**-6)
+    return (s + magic) - magic
+
+
+@triton.jit
+def round_e2m1(u):
+    """Nearest-even E2M1 of nonnegative float32: spacing binade / 2, at least 0.5; at most 6."""
+    u = tl.minimum(u, 8.0)  # keeps the sum exact; everything above 5 becomes 6
+    magic = tl.maximum(_binade(u), 1.0) * 6291456.0  # 1.5 * 2**22 * max(binade, 1)
+    return tl.minimum((u + magic) - magic, 6.0)
+
+
+@triton.jit
+def _fake_quantize_kernel(
+    x_ptr, y_ptr, bad_ptr, scale_ptr, n_blocks,
+    FLOOR: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    offset = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    inside = (block < n_blocks)[:, None]
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(scale_ptr)
+    six_g = tl.load(scale_ptr + 1)
+    magnitude = tl.abs(x)
+    # Integer maximum of the bits: NaN compares greater than every finite value.
+    amax_bits = tl.max(magnitude.to(tl.int32, bitcast=True), axis=1)
+    if tl.max(amax_bits, axis=0) >= 0x7F800000:
+        tl.atomic_max(bad_ptr, 1)
+    block_amax = amax_bits.to(tl.float32, bitcast=True)
+    s = tl.minimum(tl.div_rn(block_amax, tl.zeros_like(block_amax) + six_g), 448.0)
+    s8 = round_e4m3(s)
+    if FLOOR:
+        s8 = tl.where(s == 0.0, 1.0, tl.maximum(s8, 0.001953125))
+    step = (s8 * g)[:, None]
+    u = tl.div_rn(magnitude, tl.broadcast_to(step, (BLOCKS, SIZE)))
+    y = tl.where(step == 0.0, 0.0, round_e2m1(u) * step)
+    sign = x.to(tl.int32, bitcast=True) & -2147483648
+    y = (y.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def fake_quantize_triton(
+    x: torch.Tensor,
+    input_scale: torch.Tensor,
+    underflow: Underflow,
+    out_dtype: torch.dtype,
+    *,
+    blocks_per_program: int = 256,
+    num_warps: int = 8,
+) -> torch.Tensor:
+    """Launch the kernel; the arguments are those ``fake_quantize`` has checked.
+
+    Raises ``ValueError`` for NaN or infinity in ``x``, found by the kernel itself.
+    """
+    x = x.contiguous()
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    n_blocks = x.numel() // BLOCK_SIZE
+    bad = torch.zeros(1, dtype=torch.int32, device=x.device)
+    scales = torch.stack([input_scale, E2M1_MAX * input_scale])
+    _fake_quantize_kernel[(triton.cdiv(n_blocks, blocks_per_program),)](
+        x, y, bad, scales, n_blocks,
+        FLOOR=underflow == "floor", BLOCKS=blocks_per_program, SIZE=BLOCK_SIZE,
+        num_warps=num_warps,
+    )  # fmt: skip
+    if bad.item():
+        raise ValueError(
+            f"x holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite; expected "
+            "finite activations. Find the layer that overflows before calibrating."
+        )
+    return y
