@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
 
 import torch
 from torch import nn
@@ -49,7 +48,7 @@ class SiteStatistics:
     @property
     def total(self) -> ActivationStatistics:
         """The groups' sum."""
-        return reduce(lambda a, b: a + b, self.groups)
+        return ActivationStatistics.merged(self.groups)
 
 
 def find_sites(model: nn.Module, sites: Sequence[str]) -> dict[str, nn.Module]:

@@ -10,6 +10,7 @@ into the stored scale.
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,11 +22,11 @@ E4M3_NORMAL_RANGE = E4M3_MAX / E4M3_MIN_NORMAL  # 28672
 ANCHOR_FLOOR = 1e6  # blocks this far under the upper anchor count as zero
 OCTAVE_POINTS = 128  # of the oracle's first grid
 
-Statistics = ActivationStatistics | Marginals
+Statistics: TypeAlias = ActivationStatistics | Marginals
 
 
 def amax(statistics: Statistics) -> float:
-    """The largest magnitude seen: ModelOpt ``max``, llm-compressor ``static_minmax``, TensorRT-LLM."""
+    """The largest magnitude seen (ModelOpt ``max``, llm-compressor ``static_minmax``)."""
     return _positive(statistics.amax)
 
 

@@ -9,6 +9,7 @@ holds everything that MSE(g), every percentile and every amax need, and histogra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -235,6 +236,17 @@ class ActivationStatistics:
     def __add__(self, other: ActivationStatistics) -> ActivationStatistics:
         return ActivationStatistics(self.dtype, self.keys, self.counts).merge(other)
 
+    @classmethod
+    def merged(cls, parts: Sequence[ActivationStatistics]) -> ActivationStatistics:
+        """The sum of several statistics of one dtype, in one merge."""
+        if len({part.dtype for part in parts}) != 1:
+            raise TypeError(
+                f"cannot merge statistics of {[str(part.dtype) for part in parts]}; expected at "
+                "least one statistic, all of one dtype."
+            )
+        keys, counts = (torch.cat([getattr(p, name) for p in parts]) for name in ("keys", "counts"))
+        return cls(parts[0].dtype, *_merge(keys, counts, keys[:0], counts[:0]))
+
     def to(self, device) -> ActivationStatistics:
         """The same statistic with its tensors on ``device``."""
         return ActivationStatistics(self.dtype, self.keys.to(device), self.counts.to(device))
@@ -322,7 +334,8 @@ class ActivationStatistics:
     def snr_db(self, input_scale, underflow: Underflow = "flush", **kwargs):
         """``10 log10(signal_power / mse)`` in dB, for one scale or an array of scales."""
         with np.errstate(divide="ignore"):
-            snr = 10 * np.log10(self.signal_power / np.asarray(self.mse(input_scale, underflow, **kwargs)))
+            noise = np.asarray(self.mse(input_scale, underflow, **kwargs))
+            snr = 10 * np.log10(self.signal_power / noise)
         return float(snr) if snr.ndim == 0 else snr
 
     @cached_property
@@ -402,7 +415,7 @@ class ActivationStatistics:
         return ((y - x).square() * self.counts).sum()
 
     def save(self, path, metadata: dict[str, str] | None = None) -> None:
-        """Write Parquet: columns ``block_amax_code``, ``element_code`` (int16), ``count`` (int64)."""
+        """Write Parquet: ``block_amax_code``, ``element_code`` (int16) and ``count`` (int64)."""
         if self.dtype is None:
             raise ValueError("the statistic is empty; expected at least one update(x) before.")
         table = pa.table(

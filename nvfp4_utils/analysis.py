@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""The numbers of the question pages, computed from a stored run.
+
+Intervals resample the test pool's groups of sequences (percentile bootstrap); differences between
+policies are paired, as both score the same groups.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from .results import Run
+
+DRAWS = 2000
+KINDS = ("attention_input", "o_proj_input", "mlp_input", "down_proj_input")
+POLICIES = ("amax", "p99", "p99.9", "p99.99", "p99.999", "headroom", "constant", "oracle")
+
+
+def db(ratio):
+    """``10 log10``."""
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(ratio)
+
+
+def resamples(groups: int, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """How often each group occurs in each bootstrap draw, int [draws, groups]."""
+    return np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=draws)
+
+
+def site_kind(site: str) -> str:
+    """``layers.3.mlp_input`` -> ``mlp_input``."""
+    return site.rsplit(".", 1)[-1]
+
+
+def policy_snr(run: Run, mix: str, underflow: str, calibration: str | None = None) -> pd.DataFrame:
+    """SNR of every policy at every site on ``mix``'s test pool, and its distance to the oracle.
+
+    Columns: site, policy, calibrated_amax, snr_db, low, high (95 % interval of the SNR), gap_db
+    (oracle's SNR minus the policy's, paired), gap_low, gap_high. Policies are calibrated on
+    ``calibration`` (default: the same mix).
+    """
+    errors = run.errors(mix)
+    errors = errors[(errors.underflow == underflow)]
+    wanted = errors.calibration.isin([calibration or mix, "test"])
+    errors = errors[wanted & (errors.policy != "dynamic")]
+    groups = run.groups(mix)
+    rows = []
+    for site, table in errors.groupby("site", observed=True, sort=False):
+        g = groups[groups.site == site].sort_values("group")
+        weights = resamples(len(g)) * g["count"].to_numpy()
+        weight = np.vstack([g["count"].to_numpy(), weights])  # first row: the pool itself
+        signal = weight @ g.signal_power.to_numpy()
+        noise = {
+            policy: weight @ t.sort_values("group").mse.to_numpy()
+            for policy, t in table.groupby("policy", observed=True, sort=False)
+        }
+        amaxes = table.groupby("policy", observed=True, sort=False).calibrated_amax.first()
+        for policy in noise:
+            snr = db(signal / noise[policy])
+            gap = db(noise[policy] / noise["oracle"])
+            rows.append((site, policy, amaxes[policy], snr[0], *_interval(snr[1:]), gap[0],
+                         *_interval(gap[1:])))  # fmt: skip
+    return pd.DataFrame(rows, columns=["site", "policy", "calibrated_amax", "snr_db", "low", "high",
+                                       "gap_db", "gap_low", "gap_high"])  # fmt: skip
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def curve_snr(run: Run, mix: str, site: str, underflow: str, amaxes) -> np.ndarray:
+    """SNR on the whole test pool at calibrated amaxes that lie on the stored curve's grid.
+
+    Below twice the test amax the grid holds every bfloat16, so amax and percentile calibrations
+    are read exactly; other values are interpolated in log amax.
+    """
+    curve = run.curves(mix)
+    curve = curve[curve.site == site].sort_values("calibrated_amax")
+    power = run.marginals(mix, site, "test").signal_power
+    mse = np.interp(np.log2(amaxes), np.log2(curve.calibrated_amax), curve[f"mse_{underflow}"])
+    return db(power / mse)
+
+
+def size_curve(
+    run: Run, mix: str, site: str, underflow: str = "flush", *, draws: int = 500, seed: int = 0
+) -> pd.DataFrame:
+    """Amax calibration on random subsets of 1, 2, 4 ... sequences: columns n, amax, snr_db and
+    their 5 % and 95 % quantiles over independent draws."""
+    sequences = run.sequences(mix)
+    pick = (sequences.site == site) & (sequences.pool == "calibration")
+    amax = sequences[pick].sort_values("sequence").amax.to_numpy()
+    generator = np.random.default_rng(seed)
+    sizes = [2**k for k in range(int(np.log2(len(amax))) + 1)]
+    if sizes[-1] != len(amax):
+        sizes.append(len(amax))
+    rows = []
+    for n in sizes:
+        found = np.array([generator.choice(amax, n, replace=False).max() for _ in range(draws)])
+        snr = curve_snr(run, mix, site, underflow, found)
+        rows.append((n, np.median(found), *np.quantile(found, (0.05, 0.95)), snr.mean(),
+                     *np.quantile(snr, (0.05, 0.95))))  # fmt: skip
+    return pd.DataFrame(rows, columns=["n", "amax", "amax_low", "amax_high", "snr_db", "snr_low",
+                                       "snr_high"])  # fmt: skip
+
+
+def cross_matrix(run: Run, policy: str = "amax", underflow: str = "flush") -> pd.DataFrame:
+    """What calibrating on another mix costs: columns site, calibration, test, loss_db, low, high.
+
+    ``loss_db``: SNR of the test mix's own calibration minus SNR of ``calibration``'s, paired over
+    the test groups; positive means the foreign calibration is worse.
+    """
+    rows = []
+    for test in run.mixes:
+        errors = run.errors(test)
+        errors = errors[(errors.policy == policy) & (errors.underflow == underflow)]
+        groups = run.groups(test)
+        for site, table in errors.groupby("site", observed=True, sort=False):
+            g = groups[groups.site == site].sort_values("group")
+            weight = np.vstack([np.ones(len(g)), resamples(len(g))]) * g["count"].to_numpy()
+            noise = {m: weight @ t.sort_values("group").mse.to_numpy()
+                     for m, t in table.groupby("calibration", observed=True, sort=False)}  # fmt: skip
+            for calibration in run.mixes:
+                loss = db(noise[calibration] / noise[test])
+                rows.append((site, calibration, test, loss[0], *_interval(loss[1:])))
+    return pd.DataFrame(rows, columns=["site", "calibration", "test", "loss_db", "low", "high"])
+
+
+def size_curves(run: Run, mix: str, underflow: str = "flush", *, draws: int = 500) -> pd.DataFrame:
+    """``size_curve`` of every site, with a column site."""
+    curves = [size_curve(run, mix, s, underflow, draws=draws).assign(site=s) for s in run.sites]
+    return pd.concat(curves, ignore_index=True)
+
+
+def largest_change(sizes: pd.DataFrame) -> float:
+    """Largest distance of a size's mean SNR from the whole pool's, over sites, dB."""
+    last = sizes.groupby("site", sort=False).snr_db.transform("last")
+    return float((sizes.snr_db - last).abs().max())
+
+
+def sequences_needed(run: Run, mix: str, share: float = 0.9) -> dict[str, float]:
+    """Expected number of sequences until the amax reaches ``share`` of the pool's: over sites.
+
+    With ``k`` of ``N`` sequences at or above the target, a random order meets the first after
+    ``(N + 1) / (k + 1)`` on average.
+    """
+    table = run.sequences(mix)
+    table = table[table.pool == "calibration"]
+    needed = []
+    for _, amax in table.groupby("site", observed=True).amax:
+        reach = int((amax >= share * amax.max()).sum())
+        needed.append((len(amax) + 1) / (reach + 1))
+    return {"median": float(np.median(needed)), "max": float(np.max(needed))}
+
+
+def paired_difference(
+    run: Run, mix: str, base: str, policy: str, underflow: str
+) -> dict[str, float]:
+    """How much SNR ``policy`` gains over ``base``: mean over sites with its 95 % interval.
+
+    One resample of test groups serves all sites, as the same sequences pass through them. Also
+    the number of sites whose own interval lies above (``better``) or below zero (``worse``).
+    """
+    errors = run.errors(mix)
+    errors = errors[(errors.underflow == underflow) & (errors.calibration == mix)]
+    groups = run.groups(mix)
+    gains = []
+    for site, table in errors.groupby("site", observed=True, sort=False):
+        counts = groups[groups.site == site].sort_values("group")["count"].to_numpy()
+        weight = np.vstack([np.ones(len(counts)), resamples(len(counts))]) * counts
+        noise = [weight @ table[table.policy == p].sort_values("group").mse.to_numpy()
+                 for p in (base, policy)]  # fmt: skip
+        gains.append(db(noise[0] / noise[1]))
+    gain = np.array(gains)  # [sites, 1 + draws]
+    low, high = np.quantile(gain[:, 1:], (0.025, 0.975), axis=1)
+    mean_low, mean_high = _interval(gain[:, 1:].mean(0))
+    return {"mean": float(gain[:, 0].mean()), "low": mean_low, "high": mean_high,
+            "better": int((low > 0).sum()), "worse": int((high < 0).sum())}  # fmt: skip
+
+
+def amax_ratio(run: Run, cross: pd.DataFrame) -> pd.DataFrame:
+    """``cross_matrix`` with a column amax_ratio: calibration pool's amax over the test pool's."""
+    pools = {
+        (mix, pool): t.groupby("site", observed=True).amax.max()
+        for mix in run.mixes
+        for pool, t in run.sequences(mix).groupby("pool", observed=True)
+    }
+    ratio = [pools[row.calibration, "calibration"][row.site] / pools[row.test, "test"][row.site]
+             for row in cross.itertuples()]  # fmt: skip
+    return cross.assign(amax_ratio=ratio)

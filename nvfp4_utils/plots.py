@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""How the book's pages look: one style a policy, figures with computed captions, answer boxes."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import HTML, Markdown, display
+
+
+@dataclass(frozen=True)
+class Style:
+    """Colour (Okabe-Ito), marker and line style of one policy, the same on every page."""
+
+    label: str
+    color: str
+    marker: str
+    linestyle: str = "-"
+
+
+POLICY_STYLE = {
+    "amax": Style("amax", "#0072B2", "o"),
+    "p99": Style("p99", "#F0E442", "v", ":"),
+    "p99.9": Style("p99.9", "#E69F00", "^", ":"),
+    "p99.99": Style("p99.99", "#D55E00", "<", "--"),
+    "p99.999": Style("p99.999", "#CC79A7", ">", "--"),
+    "headroom": Style("headroom", "#009E73", "s"),
+    "constant": Style("constant", "#56B4E9", "D", "-."),
+    "dynamic": Style("dynamic", "#999999", "P", "-."),
+    "oracle": Style("oracle", "#000000", "*"),
+}
+UNDERFLOW_STYLE = {
+    "flush": Style("flush (kernels)", "#D55E00", "o"),
+    "floor": Style("floor (reference)", "#0072B2", "s", "--"),
+}
+KIND_COLORS = {"attention_input": "#0072B2", "o_proj_input": "#009E73", "mlp_input": "#D55E00",
+               "down_proj_input": "#CC79A7"}  # fmt: skip
+REGIME_COLORS = {"saturated": "#f6d5c3", "normal": "#ffffff", "subnormal": "#dbe9f4",
+                 "underflow": "#d9d9d9"}  # fmt: skip
+
+
+def use_style() -> None:
+    """Set the book's matplotlib style; deterministic SVG ids, text kept as text."""
+    plt.rcParams.update(
+        {
+            "figure.figsize": (7.2, 4.0),
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "legend.frameon": False,
+            "svg.hashsalt": "nvfp4",
+            "svg.fonttype": "path",
+        }
+    )
+
+
+def show(fig: plt.Figure, *, caption: str, alt: str) -> None:
+    """Display a figure as SVG with a caption below and alternative text, and close it.
+
+    ``caption``: the finding first, then sample size, what the band means, configuration; simple
+    HTML. ``alt``: the trend and its key value, plain text.
+    """
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(fig)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    display(
+        HTML(
+            f'<figure><img alt="{html.escape(alt, quote=True)}" style="max-width:100%" '
+            f'src="data:image/svg+xml;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+        )
+    )
+
+
+def answer(text: str, *, title: str = "Answer") -> None:
+    """Display the answer box of a page; ``text`` is simple HTML."""
+    heading = f'<p class="admonition-title">{title}</p>'
+    display(HTML(f'<div class="admonition tip">{heading}<p>{text}</p></div>'))
+
+
+def prose(text: str) -> None:
+    """Display Markdown whose numbers were computed."""
+    display(Markdown(text))
+
+
+def table(frame: pd.DataFrame, *, caption: str, digits: int = 2) -> None:
+    """Display a table with a caption; floats rounded to ``digits``."""
+    body = frame.to_html(
+        float_format=lambda v: f"{v:.{digits}f}", border=0, classes="table", na_rep="–"
+    )
+    display(HTML(f'<div style="overflow-x:auto">{body}</div><p><em>{caption}</em></p>'))
+
+
+def provenance(info: dict) -> None:
+    """Display where a page's stored results come from, folded."""
+    text = html.escape(json.dumps(info, indent=1, ensure_ascii=False))
+    display(HTML(f"<details><summary>Provenance of these results</summary><pre>{text}</pre></details>"))
+
+
+def label_lines(ax: plt.Axes, *, pad: float = 4) -> None:
+    """Write each labelled line's name at its right end, in its colour, spread so none overlap."""
+    ends = []
+    for line in ax.get_lines():
+        if not line.get_label().startswith("_") and len(line.get_xdata()):
+            x, y = line.get_xdata()[-1], line.get_ydata()[-1]
+            ends.append([ax.transData.transform((x, y))[1], x, y, line])
+    ends.sort(key=lambda e: e[0])
+    gap = 1.15 * plt.rcParams["font.size"] * ax.figure.dpi / 72
+    for below, this in zip(ends, ends[1:], strict=False):
+        this[0] = max(this[0], below[0] + gap)
+    for pixel, x, y, line in ends:
+        shift = (pixel - ax.transData.transform((x, y))[1]) * 72 / ax.figure.dpi
+        ax.annotate(line.get_label(), (x, y), xytext=(pad, shift), textcoords="offset points",
+                    color=line.get_color(), va="center", fontsize=9, annotation_clip=False)  # fmt: skip
+
+
+def policy_line(ax: plt.Axes, policy: str, x, y, **kwargs):
+    """Plot a line in the policy's own colour, marker and dash."""
+    style = POLICY_STYLE[policy]
+    return ax.plot(x, y, color=style.color, marker=style.marker, linestyle=style.linestyle,
+                   label=style.label, markersize=5, **kwargs)  # fmt: skip

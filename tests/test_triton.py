@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""The Triton kernel equals the enumeration; in the interpreter without a GPU, else on it."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from nvfp4_reference import (
+    BF16,
+    E2M1,
+    E2M1_MIDPOINTS,
+    E4M3,
+    E4M3_MIDPOINTS,
+    FP16,
+    FP32,
+    SCALES,
+    all_regimes,
+    mismatches,
+    nearest,
+    reference,
+)
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from nvfp4_utils.quantize import UNDERFLOWS  # noqa: E402
+from nvfp4_utils.triton_kernels import (  # noqa: E402
+    fake_quantize_triton,
+    round_e2m1,
+    round_e4m3,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@triton.jit
+def _round_kernel(x_ptr, y_ptr, n, E4M3_GRID: tl.constexpr, SIZE: tl.constexpr):
+    offset = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    x = tl.load(x_ptr + offset, mask=offset < n, other=0.0)
+    y = round_e4m3(x) if E4M3_GRID else round_e2m1(x)
+    tl.store(y_ptr + offset, y, mask=offset < n)
+
+
+def rounded(values: np.ndarray, e4m3: bool) -> np.ndarray:
+    x = torch.from_numpy(values.astype(np.float32)).to(DEVICE)
+    y = torch.empty_like(x)
+    _round_kernel[(triton.cdiv(len(x), 4096),)](x, y, len(x), E4M3_GRID=e4m3, SIZE=4096)
+    return y.cpu().numpy().astype(np.float64)
+
+
+@pytest.mark.parametrize("e4m3", [True, False])
+def test_rounding_on_codes_midpoints_neighbours_and_many_values(e4m3):
+    grid, middle = (E4M3, E4M3_MIDPOINTS) if e4m3 else (E2M1, E2M1_MIDPOINTS)
+    points = np.concatenate([grid, middle]).astype(np.float32)
+    random = np.random.default_rng(0)
+    values = np.concatenate([
+        points,
+        np.nextafter(points, np.float32(1e9)),
+        np.nextafter(points, np.float32(0)),
+        (2 ** random.uniform(-14, 9, 500_000)).astype(np.float32),
+        (random.uniform(0, 8, 200_000)).astype(np.float32),
+        np.array([1e-30, 2.0**-140], np.float32),
+    ])  # fmt: skip
+    if e4m3:
+        values = np.minimum(values, np.float32(448))
+    else:
+        values = np.concatenate([values, np.array([1e20, 3.4e38], np.float32)])
+    assert (rounded(values, e4m3) == nearest(values.astype(np.float64), grid)).all()
+
+
+def quantized(x, g, underflow, out_dtype):
+    scale = torch.tensor(g, dtype=FP32, device=DEVICE)
+    return fake_quantize_triton(x.to(DEVICE), scale, underflow, out_dtype).cpu()
+
+
+@pytest.mark.parametrize("underflow", UNDERFLOWS)
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_equals_enumeration_in_every_regime(dtype, underflow):
+    x = all_regimes(64, 256, dtype)
+    for g in SCALES:
+        for out_dtype in (BF16, FP16, FP32):
+            y = quantized(x, g, underflow, out_dtype)
+            assert mismatches(y, reference(x, g, underflow, out_dtype)) == 0
+
+
+@pytest.mark.parametrize("underflow", UNDERFLOWS)
+def test_ties_go_where_the_specified_float32_arithmetic_puts_them(underflow):
+    x = all_regimes(64, 256, BF16, seed=4)
+    for g in (1.0, 2.0**-5, float(np.float32(5 / 2688))):
+        expected = reference(x, g, underflow, FP32, arithmetic=np.float32)
+        assert mismatches(quantized(x, g, underflow, FP32), expected) == 0
+
+
+@pytest.mark.parametrize("shape", [(1823, 112), (16,), (3, 1, 48), (256, 16), (257, 16)])
+def test_awkward_sizes(shape):
+    rows, columns = int(np.prod(shape[:-1])), shape[-1]
+    x = all_regimes(rows, columns, BF16, seed=5).reshape(shape)
+    y = quantized(x, SCALES[3], "flush", BF16)
+    assert mismatches(y, reference(x, SCALES[3], "flush", BF16)) == 0
+
+
+def test_non_contiguous_input():
+    x = all_regimes(64, 160, BF16, seed=6).reshape(8, 8, 160).transpose(0, 1)
+    y = quantized(x, SCALES[3], "floor", FP32)
+    assert mismatches(y, reference(x, SCALES[3], "floor", FP32)) == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_nan_and_infinity_are_found_by_the_kernel(dtype, bad):
+    x = torch.ones(300, 16, dtype=dtype)
+    x[299, 15] = bad
+    message = (
+        "x holds 1 values that are NaN or infinite; expected finite activations. Find the layer "
+        "that overflows before calibrating."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        quantized(x, 1.0, "flush", BF16)
