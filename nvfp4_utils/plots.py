@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from IPython.display import HTML, Markdown, display
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,13 @@ REGIME_COLORS = {"saturated": "#f6d5c3", "normal": "#ffffff", "subnormal": "#dbe
                  "underflow": "#d9d9d9"}  # fmt: skip
 
 
+def _display(kind: str, text: str) -> None:
+    # Imported here: the package also runs where there is no Jupyter.
+    from IPython import display
+
+    display.display(getattr(display, kind)(text))
+
+
 def use_style() -> None:
     """Set the book's matplotlib style; deterministic SVG ids, text kept as text."""
     plt.rcParams.update(
@@ -74,23 +80,22 @@ def show(fig: plt.Figure, *, caption: str, alt: str) -> None:
     fig.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(fig)
     data = base64.b64encode(buffer.getvalue()).decode()
-    display(
-        HTML(
-            f'<figure><img alt="{html.escape(alt, quote=True)}" style="max-width:100%" '
-            f'src="data:image/svg+xml;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-        )
+    _display(
+        "HTML",
+        f'<figure><img alt="{html.escape(alt, quote=True)}" style="max-width:100%" '
+        f'src="data:image/svg+xml;base64,{data}"><figcaption>{caption}</figcaption></figure>',
     )
 
 
 def answer(text: str, *, title: str = "Answer") -> None:
     """Display the answer box of a page; ``text`` is simple HTML."""
     heading = f'<p class="admonition-title">{title}</p>'
-    display(HTML(f'<div class="admonition tip">{heading}<p>{text}</p></div>'))
+    _display("HTML", f'<div class="admonition tip">{heading}<p>{text}</p></div>')
 
 
 def prose(text: str) -> None:
     """Display Markdown whose numbers were computed."""
-    display(Markdown(text))
+    _display("Markdown", text)
 
 
 def table(frame: pd.DataFrame, *, caption: str, digits: int = 2) -> None:
@@ -98,13 +103,14 @@ def table(frame: pd.DataFrame, *, caption: str, digits: int = 2) -> None:
     body = frame.to_html(
         float_format=lambda v: f"{v:.{digits}f}", border=0, classes="table", na_rep="–"
     )
-    display(HTML(f'<div style="overflow-x:auto">{body}</div><p><em>{caption}</em></p>'))
+    _display("HTML", f'<div style="overflow-x:auto">{body}</div><p><em>{caption}</em></p>')
 
 
 def provenance(info: dict) -> None:
     """Display where a page's stored results come from, folded."""
     text = html.escape(json.dumps(info, indent=1, ensure_ascii=False))
-    display(HTML(f"<details><summary>Provenance of these results</summary><pre>{text}</pre></details>"))
+    summary = "<summary>Provenance of these results</summary>"
+    _display("HTML", f"<details>{summary}<pre>{text}</pre></details>")
 
 
 def label_lines(ax: plt.Axes, *, pad: float = 4) -> None:

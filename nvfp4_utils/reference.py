@@ -31,7 +31,10 @@ def load(path: str | Path = MODEL):
             "the repository whole, or train it again: `python scripts/train_reference.py train`."
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it would warn that CPU kernels are PyTorch's own
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
     return model, AutoTokenizer.from_pretrained(path)
 

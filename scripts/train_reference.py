@@ -183,6 +183,7 @@ def train(work: Path, minutes: float, folder: Path | None, out: Path, t: Trainin
     groups = [{"params": decay, "weight_decay": t.weight_decay}, {"params": other, "weight_decay": 0}]
     optimizer = torch.optim.AdamW(groups, lr=t.peak_lr, betas=t.betas, fused=device == "cuda")
     step, history = load_checkpoint(work, model, optimizer)
+    before = history[-1][2] if history else 0.0  # seconds of earlier calls
     window = torch.arange(t.length + 1, device=device)
     while step < t.steps and time.time() - began < 60 * minutes:
         generator = torch.Generator().manual_seed(1_000_000 * t.seed + step)
@@ -197,7 +198,7 @@ def train(work: Path, minutes: float, folder: Path | None, out: Path, t: Trainin
         optimizer.zero_grad(set_to_none=True)
         step += 1
         if step % 20 == 0:
-            history.append([step, loss.item(), round(time.time() - began, 1)])
+            history.append([step, loss.item(), round(before + time.time() - began, 1)])
             if step % 200 == 0:
                 print(step, f"{loss.item():.3f}", f"{time.time() - began:.0f} s", flush=True)
             if not math.isfinite(history[-1][1]):

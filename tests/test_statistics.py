@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""The joint histogram gives the same errors and order statistics as the tensor itself."""
+
+import math
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from nvfp4_reference import BF16, FP16, FP32, all_regimes, odd_scale
+
+from nvfp4_utils import ActivationStatistics, fake_quantize
+from nvfp4_utils import statistics as module
+from nvfp4_utils.quantize import UNDERFLOWS
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make(name: str, dtype) -> torch.Tensor:
+    x = normal(128, 512)
+    if name == "heavy":
+        x = x.sign() * torch.exp(3 * normal(128, 512, seed=1))
+        x = x.clamp(-6e4, 6e4)
+    elif name == "outlier":  # one value carries nearly all of the signal
+        x = x.sign() * torch.exp(normal(128, 512, seed=1))
+        x[3, 5] = 3e4
+    elif name == "equal":
+        x = torch.full((128, 512), 1.25)
+    elif name == "sparse":
+        x = torch.relu(x - 2)
+        x[:, ::3] *= -1
+    return x.to(dtype)
+
+
+NAMES = ("gaussian", "heavy", "outlier", "equal", "sparse")
+
+
+def direct(x, g, underflow, out_dtype=FP32) -> float:
+    y = fake_quantize(x, g, underflow=underflow, out_dtype=out_dtype)
+    return math.fsum((y.double() - x.double()).square().flatten().tolist()) / x.numel()
+
+
+def scales_of(x) -> list[float]:
+    """From 2**12 under the amax (all clipped) to past the last underflow; odd and plain scales."""
+    amax = x.float().abs().max().item()
+    octaves = np.concatenate([np.linspace(-12, 24, 16), [0.0]])
+    values = [amax * 2**e / 2688 for e in octaves]
+    return values + [odd_scale(v) for v in values[::3]]
+
+
+def equal(a: ActivationStatistics, b: ActivationStatistics) -> bool:
+    return (
+        a.dtype == b.dtype and torch.equal(a.keys, b.keys) and torch.equal(a.counts, b.counts)
+    )
+
+
+def raises(kind, message):
+    return pytest.raises(kind, match=f"^{re.escape(message)}$")
+
+
+# ------------------------------------------------------------------------------------- the error
+
+
+@pytest.mark.parametrize("underflow", UNDERFLOWS)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("name", NAMES)
+def test_mse_equals_direct_evaluation(name, dtype, underflow):
+    x = make(name, dtype)
+    statistics = ActivationStatistics.from_tensor(x)
+    scales = scales_of(x)
+    found = statistics.mse(scales, underflow)
+    expected = [direct(x, g, underflow) for g in scales]
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=0)
+    assert [statistics.mse(g, underflow) for g in scales[:3]] == found[:3].tolist()
+
+
+@pytest.mark.parametrize("underflow", UNDERFLOWS)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("name", ["gaussian", "heavy", "sparse"])
+def test_mse_of_16_bit_output_equals_direct_evaluation(name, dtype, underflow):
+    x = make(name, dtype)
+    scales = scales_of(x)
+    found = ActivationStatistics.from_tensor(x).mse(scales, underflow, out_dtype=dtype)
+    expected = [direct(x, g, underflow, dtype) for g in scales]
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("underflow", UNDERFLOWS)
+def test_mse_over_all_regimes_at_once(underflow):
+    x = all_regimes(256, 256, BF16, seed=7)
+    scales = scales_of(x) + [2.0**e for e in range(-30, 20, 3)]
+    found = ActivationStatistics.from_tensor(x).mse(scales, underflow)
+    expected = [direct(x, g, underflow) for g in scales]
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=0)
+
+
+def test_mse_of_float16_output_stays_finite_where_an_unused_level_overflows():
+    x = torch.zeros(2, 16, dtype=FP16)
+    x[1] = 1.0
+    g = 2.0**15
+    found = ActivationStatistics.from_tensor(x).mse(g, "floor", out_dtype=FP16)
+    assert found == direct(x, g, "floor", FP16) == 0.5
+
+
+def test_values_the_format_holds_have_no_error():
+    x = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0] * 8).reshape(2, 32).bfloat16()
+    statistics = ActivationStatistics.from_tensor(x)
+    assert statistics.mse([1.0, 2.0**-8, 2.0**6]).tolist() == [0.0, 0.0, 0.0]
+    assert statistics.snr_db(1.0) == math.inf
+
+
+def test_snr_is_signal_over_error_and_scales_keep_their_shape():
+    x = make("gaussian", BF16)
+    statistics = ActivationStatistics.from_tensor(x)
+    power = x.double().square().mean().item()
+    assert statistics.signal_power == pytest.approx(power, rel=1e-14)
+    g = torch.tensor([[0.001, 0.002, 0.01], [0.1, 1.0, 10.0]])
+    mse, snr = statistics.mse(g), statistics.snr_db(g)
+    assert mse.shape == snr.shape == (2, 3) and mse.dtype == np.float64
+    np.testing.assert_allclose(snr, 10 * np.log10(power / mse), rtol=1e-13)
+    assert isinstance(statistics.mse(0.001), float) and isinstance(statistics.snr_db(0.001), float)
+
+
+# -------------------------------------------------------------------------------------- merging
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("name", NAMES)
+def test_any_split_and_order_gives_the_same_statistic(name, dtype):
+    x = make(name, dtype)
+    whole = ActivationStatistics.from_tensor(x)
+    parts = [ActivationStatistics.from_tensor(p) for p in x.reshape(-1, 16).split([1, 999, 3096])]
+    updated = ActivationStatistics()
+    for rows in reversed(x.split(50)):
+        assert updated.update(rows) is updated
+    merged = ActivationStatistics().merge(parts[2]).merge(parts[0]).merge(parts[1])
+    shuffled = x.reshape(-1, 16)[torch.randperm(4096, generator=torch.Generator().manual_seed(0))]
+    for other in (
+        updated,
+        merged,
+        parts[1] + parts[0] + parts[2],
+        ActivationStatistics.merged(parts),
+        ActivationStatistics.merged(parts[::-1]),
+        ActivationStatistics.from_tensor(shuffled.reshape(64, 4, 256)),
+        ActivationStatistics.from_tensor(x.reshape(2, 64, 512).transpose(0, 1)),
+    ):
+        assert equal(other, whole)
+        assert other.mse([0.001, 1.0]).tolist() == whole.mse([0.001, 1.0]).tolist()
+    assert parts[0].count == 16  # sums leave their terms alone
+    assert whole.count == x.numel()
+    assert whole.keys.dtype == whole.counts.dtype == torch.int64
+
+
+def test_results_follow_an_update():
+    x = make("gaussian", BF16)
+    statistics = ActivationStatistics.from_tensor(x)
+    before = statistics.mse(0.001), statistics.amax
+    statistics.update(100 * x)
+    assert (statistics.mse(0.001), statistics.amax) != before
+    both = torch.cat([x, (100 * x)])
+    assert statistics.mse(0.001) == pytest.approx(direct(both, 0.001, "flush"), rel=1e-12)
+    assert statistics.amax == both.float().abs().max().item()
+
+
+def test_counts_beyond_32_bits():
+    x = make("gaussian", BF16)
+    statistics = ActivationStatistics.from_tensor(x)
+    once = statistics.mse([0.001, 0.3]), statistics.percentile(99.9)
+    for _ in range(20):
+        statistics = statistics + statistics
+    assert statistics.count == x.numel() * 2**20 > 2**31
+    np.testing.assert_allclose(statistics.mse([0.001, 0.3]), once[0], rtol=1e-12)
+    assert statistics.percentile(99.9) == once[1]
+    huge = ActivationStatistics(BF16, statistics.keys, statistics.counts * 2**20)
+    assert huge.count == x.numel() * 2**40
+    assert (huge + huge).count == x.numel() * 2**41
+    np.testing.assert_allclose(huge.mse([0.001, 0.3]), once[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_sorted_path_equals_dense_path(dtype, monkeypatch):
+    x = all_regimes(128, 256, dtype, seed=8)
+    dense = ActivationStatistics.from_tensor(x)
+    monkeypatch.setattr(module, "MAX_CELLS", 0)
+    called = []
+    original = module._joint_histogram_sorted
+    monkeypatch.setattr(
+        module, "_joint_histogram_sorted", lambda *a: called.append(1) or original(*a)
+    )
+    assert equal(ActivationStatistics.from_tensor(x), dense) and called
+
+
+def test_pairs_are_those_of_the_tensor():
+    x = all_regimes(16, 64, BF16, seed=9)
+    codes = (x.view(torch.int16) & 0x7FFF).reshape(-1, 16).tolist()
+    pairs: dict[int, int] = {}
+    for block in codes:
+        for code in block:
+            key = max(block) << 15 | code
+            pairs[key] = pairs.get(key, 0) + 1
+    statistics = ActivationStatistics.from_tensor(x)
+    assert dict(zip(statistics.keys.tolist(), statistics.counts.tolist(), strict=True)) == pairs
+    assert statistics.keys.tolist() == sorted(pairs)
+
+
+# -------------------------------------------------------------------------- the order statistics
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("name", NAMES)
+def test_percentiles_are_kthvalues(name, dtype):
+    x = make(name, dtype)
+    statistics = ActivationStatistics.from_tensor(x)
+    magnitudes = x.float().abs().flatten()
+    blocks = magnitudes.reshape(-1, 16).amax(1)
+    nonzero = blocks[blocks > 0]
+    for p in (1e-6, 0.1, 1, 33.3, 50, 99, 99.9, 99.99, 99.999, 100):
+
+        def kth(values, p=p):
+            k = max(1, min(len(values), round(p / 100 * len(values))))
+            return values.kthvalue(k).values.item()
+
+        assert statistics.percentile(p) == kth(magnitudes)
+        assert statistics.block_amax_percentile(p) == kth(blocks)
+        assert statistics.block_amax_percentile(p, above=0.0) == kth(nonzero)
+        middle = nonzero.median().item() * 0.999
+        above = nonzero[nonzero > middle]
+        assert statistics.block_amax_percentile(p, above=middle) == kth(above)
+    assert statistics.amax == magnitudes.max().item() == statistics.percentile(100)
+
+
+def test_marginals_add_up_like_statistics():
+    x, y = make("gaussian", BF16), make("heavy", BF16)
+    a, b = (ActivationStatistics.from_tensor(t) for t in (x, y))
+    both, sum_ = (a + b).marginals, a.marginals + b.marginals
+    for name in ("element_codes", "element_counts", "block_codes", "block_counts"):
+        assert torch.equal(getattr(both, name), getattr(sum_, name))
+    assert int(both.block_counts.sum()) * 16 == both.count == 2 * x.numel()
+    with raises(TypeError, "cannot add statistics of torch.bfloat16 and torch.float16."):
+        a.marginals + ActivationStatistics.from_tensor(x.half()).marginals
+
+
+@pytest.mark.parametrize("p", [0, -1, 100.1, math.nan])
+def test_bad_percentile(p):
+    statistics = ActivationStatistics.from_tensor(make("gaussian", BF16))
+    for order in (statistics.percentile, statistics.block_amax_percentile):
+        with raises(ValueError, f"percentile is {p}; expected a percentage in (0, 100]."):
+            order(p)
+
+
+def test_no_block_left_to_rank():
+    statistics = ActivationStatistics.from_tensor(torch.zeros(1, 16, dtype=BF16))
+    with raises(ValueError, "no value is left to rank; expected at least one nonzero block."):
+        statistics.block_amax_percentile(50, above=0.0)
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.float64])
+def test_other_dtypes_are_refused_with_the_fix(dtype):
+    message = (
+        f"x has dtype {str(dtype).removeprefix('torch.')}; expected bfloat16 or float16: the joint "
+        "histogram counts 16-bit codes. Cast with x.to(torch.bfloat16), which is what a bfloat16 "
+        "model feeds its quantizers."
+    )
+    with raises(TypeError, message):
+        ActivationStatistics.from_tensor(torch.ones(1, 16, dtype=dtype))
+
+
+def test_bad_shape():
+    message = (
+        "x has shape (4, 20); expected a nonempty tensor whose last dimension is a multiple of 16. "
+        "Blocks run along the last dimension: reshape or pad it."
+    )
+    with raises(ValueError, message):
+        ActivationStatistics.from_tensor(torch.ones(4, 20, dtype=BF16))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_nan_and_infinity(dtype, bad):
+    x = torch.ones(4, 16, dtype=dtype)
+    x[2, 3:5] = bad
+    message = (
+        "x holds 2 values that are NaN or infinite; expected finite activations. Find the layer "
+        "that overflows before calibrating."
+    )
+    statistics = ActivationStatistics.from_tensor(torch.ones(1, 16, dtype=dtype))
+    with raises(ValueError, message):
+        statistics.update(x)
+    assert statistics.count == 16  # nothing of the refused tensor was counted
+
+
+def test_dtypes_do_not_mix():
+    a, b = (ActivationStatistics.from_tensor(torch.ones(1, 16, dtype=d)) for d in (BF16, FP16))
+    message = (
+        "cannot merge statistics of torch.bfloat16 and torch.float16; expected one dtype. Cast the "
+        "activations to one dtype before counting."
+    )
+    with raises(TypeError, message):
+        a.merge(b)
+    message = (
+        "cannot merge statistics of ['torch.bfloat16', 'torch.float16']; expected at least one "
+        "statistic, all of one dtype."
+    )
+    with raises(TypeError, message):
+        ActivationStatistics.merged([a, b])
+    message = (
+        "cannot merge statistics of []; expected at least one statistic, all of one dtype."
+    )
+    with raises(TypeError, message):
+        ActivationStatistics.merged([])
+
+
+def test_the_empty_statistic_has_nothing_to_say(tmp_path):
+    message = "the statistic is empty; expected at least one update(x) before."
+    empty = ActivationStatistics()
+    assert empty.count == 0
+    for ask in (lambda: empty.amax, lambda: empty.mse(1.0), lambda: empty.percentile(50),
+                lambda: empty.save(tmp_path / "x.parquet")):  # fmt: skip
+        with raises(ValueError, message):
+            ask()
+
+
+def test_bad_scale_and_convention():
+    statistics = ActivationStatistics.from_tensor(make("gaussian", BF16))
+    message = (
+        "input_scale is -1.0; expected a finite positive float32 in [2**-126, 2**124). Calibrate "
+        "on data with at least one nonzero finite value, or pass a positive scale."
+    )
+    with raises(ValueError, message):
+        statistics.mse([1.0, -1.0])
+    message = (
+        "underflow is 'none'; expected 'flush' (inference kernels) or 'floor' (ModelOpt's PyTorch "
+        "reference)."
+    )
+    with raises(ValueError, message):
+        statistics.mse(1.0, "none")
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_save_and_load(dtype, tmp_path):
+    x = all_regimes(64, 256, dtype, seed=10)
+    statistics = ActivationStatistics.from_tensor(x)
+    statistics.counts = statistics.counts * 2**33
+    path = tmp_path / "s.parquet"
+    statistics.save(path, metadata={"site": "layers.0.mlp_input"})
+    loaded = ActivationStatistics.load(str(path))
+    assert equal(loaded, statistics)
+    assert loaded.mse([0.01, 1.0], "floor").tolist() == statistics.mse([0.01, 1.0], "floor").tolist()
+    assert pq.read_schema(path).metadata[b"site"] == b"layers.0.mlp_input"
+
+
+def test_missing_file(tmp_path):
+    path = tmp_path / "none.parquet"
+    message = (
+        f"no statistic at {path}; expected a Parquet file written by ActivationStatistics.save. "
+        "Run the capture that makes it first."
+    )
+    with raises(FileNotFoundError, message):
+        ActivationStatistics.load(path)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
+def test_truncated_file(keep, tmp_path):
+    path = tmp_path / "s.parquet"
+    ActivationStatistics.from_tensor(make("gaussian", BF16)).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    message = (
+        rf"^{re.escape(str(path))} is not readable as Parquet \(.+\); expected a file written by "
+        r"ActivationStatistics\.save\. It may be truncated: capture it again\.$"
+    )
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        ActivationStatistics.load(path)
+
+
+def test_another_parquet_file(tmp_path):
+    path = tmp_path / "other.parquet"
+    pq.write_table(pa.table({"a": [1]}), path)
+    message = (
+        f"{path} has columns ['a'] and dtype None; expected ['block_amax_code', 'element_code', "
+        "'count'] and bfloat16 or float16. It is not an ActivationStatistics."
+    )
+    with raises(ValueError, message):
+        ActivationStatistics.load(path)
+
+
+def test_tampered_counts(tmp_path):
+    path = tmp_path / "s.parquet"
+    x = make("gaussian", BF16)
+    ActivationStatistics.from_tensor(x).save(path)
+    table = pq.read_table(path)
+    counts = table["count"].to_numpy().copy()
+    counts[7] += 1
+    pq.write_table(
+        table.set_column(2, "count", pa.array(counts)).replace_schema_metadata(
+            table.schema.metadata
+        ),
+        path,
+    )
+    message = (
+        f"{path} holds {x.numel() + 1} elements; expected {x.numel()} as its header says. It is "
+        "damaged: capture it again."
+    )
+    with raises(ValueError, message):
+        ActivationStatistics.load(path)
