@@ -380,6 +380,7 @@ class ActivationStatistics:
             else:
                 above = end
             y = (value * step).to(out_dtype).to(torch.float64)
+            y = torch.where(above > below, y, 0.0)  # inf in float16 where no element is, not NaN
             error += (
                 y * y * (count[above] - count[below])
                 - 2 * y * (first[above] - first[below])
