@@ -380,12 +380,11 @@ class ActivationStatistics:
             else:
                 above = end
             y = (value * step).to(out_dtype).to(torch.float64)
-            y = torch.where(above > below, y, 0.0)  # inf in float16 where no element is, not NaN
-            error += (
-                y * y * (count[above] - count[below])
-                - 2 * y * (first[above] - first[below])
-                + (second[above] - second[below])
-            )
+            # A level that overflows float16 costs infinity where it is used, nothing elsewhere.
+            y = torch.where(above > below, y, 0.0)
+            error += y * (
+                y * (count[above] - count[below]) - 2 * (first[above] - first[below])
+            ) + (second[above] - second[below])
             below = above
         return error
 

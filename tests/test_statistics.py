@@ -22,15 +22,15 @@ def normal(*shape, seed=0):
 
 
 def make(name: str, dtype) -> torch.Tensor:
-    x = normal(128, 512)
+    x = normal(64, 256)
     if name == "heavy":
-        x = x.sign() * torch.exp(3 * normal(128, 512, seed=1))
+        x = x.sign() * torch.exp(3 * normal(64, 256, seed=1))
         x = x.clamp(-6e4, 6e4)
     elif name == "outlier":  # one value carries nearly all of the signal
-        x = x.sign() * torch.exp(normal(128, 512, seed=1))
+        x = x.sign() * torch.exp(normal(64, 256, seed=1))
         x[3, 5] = 3e4
     elif name == "equal":
-        x = torch.full((128, 512), 1.25)
+        x = torch.full((64, 256), 1.25)
     elif name == "sparse":
         x = torch.relu(x - 2)
         x[:, ::3] *= -1
@@ -42,7 +42,8 @@ NAMES = ("gaussian", "heavy", "outlier", "equal", "sparse")
 
 def direct(x, g, underflow, out_dtype=FP32) -> float:
     y = fake_quantize(x, g, underflow=underflow, out_dtype=out_dtype)
-    return math.fsum((y.double() - x.double()).square().flatten().tolist()) / x.numel()
+    squares = (y.double() - x.double()).square().numpy()
+    return float(squares.sum(dtype=np.longdouble)) / x.numel()
 
 
 def scales_of(x) -> list[float]:
@@ -135,20 +136,20 @@ def test_snr_is_signal_over_error_and_scales_keep_their_shape():
 def test_any_split_and_order_gives_the_same_statistic(name, dtype):
     x = make(name, dtype)
     whole = ActivationStatistics.from_tensor(x)
-    parts = [ActivationStatistics.from_tensor(p) for p in x.reshape(-1, 16).split([1, 999, 3096])]
+    parts = [ActivationStatistics.from_tensor(p) for p in x.reshape(-1, 16).split([1, 199, 824])]
     updated = ActivationStatistics()
-    for rows in reversed(x.split(50)):
+    for rows in reversed(x.split(25)):
         assert updated.update(rows) is updated
     merged = ActivationStatistics().merge(parts[2]).merge(parts[0]).merge(parts[1])
-    shuffled = x.reshape(-1, 16)[torch.randperm(4096, generator=torch.Generator().manual_seed(0))]
+    shuffled = x.reshape(-1, 16)[torch.randperm(1024, generator=torch.Generator().manual_seed(0))]
     for other in (
         updated,
         merged,
         parts[1] + parts[0] + parts[2],
         ActivationStatistics.merged(parts),
         ActivationStatistics.merged(parts[::-1]),
-        ActivationStatistics.from_tensor(shuffled.reshape(64, 4, 256)),
-        ActivationStatistics.from_tensor(x.reshape(2, 64, 512).transpose(0, 1)),
+        ActivationStatistics.from_tensor(shuffled.reshape(16, 4, 256)),
+        ActivationStatistics.from_tensor(x.reshape(2, 32, 256).transpose(0, 1)),
     ):
         assert equal(other, whole)
         assert other.mse([0.001, 1.0]).tolist() == whole.mse([0.001, 1.0]).tolist()
