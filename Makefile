@@ -4,6 +4,9 @@
 PYTHON ?= python3
 # RUN=name renders the pages from the statistics that `make capture RUN=name` wrote, beside the stored ones.
 RUN ?=
+# Sequences of 512 tokens that `make capture` takes from each mix.
+CALIBRATION ?= 256
+TEST ?= 64
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
@@ -49,10 +52,11 @@ lint: .venv/.test ## Check style, types and that the notebooks carry no outputs
 linkcheck: $(BOOK)/.built ## Check every external link of the pages (needs the network)
 	$(BIN)/jupyter-book build $(BOOK) --path-output $(BOOK) --builder linkcheck
 
-capture: .venv/.book ## Capture statistics: MODEL=path-or-id DATASET=mix RUN=name
+capture: .venv/.book ## Capture statistics: MODEL=path-or-id DATASET=mix[,mix] RUN=name [CALIBRATION=256 TEST=64]
 	@test -n "$(MODEL)" -a -n "$(DATASET)" -a -n "$(RUN)" || \
 		{ echo 'usage: make capture MODEL=path-or-id DATASET=mix RUN=name' >&2; exit 2; }
-	$(BIN)/python -m nvfp4_utils.capture_run --model "$(MODEL)" --dataset "$(DATASET)" --run "$(RUN)"
+	$(BIN)/python -m nvfp4_utils.capture_run --model "$(MODEL)" --dataset "$(DATASET)" --run "$(RUN)" \
+		--calibration $(CALIBRATION) --test $(TEST)
 
 clean: ## Delete what was built (runs/ and .venv stay)
 	rm -rf build

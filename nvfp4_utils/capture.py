@@ -26,7 +26,7 @@ SITES = {
     r"attention\.self\.query",
     "o_proj_input": r"self_attn\.o_proj|linear_attn\.out_proj|attention\.output\.dense",
     "mlp_input": r"mlp|intermediate\.dense",
-    "down_proj_input": r"mlp\.down_proj|layer\.\d+\.output\.dense",
+    "down_proj_input": r"mlp\.down_proj|(?<=\d\.)output\.dense",
 }
 
 
@@ -41,9 +41,7 @@ class SiteStatistics:
 
     group_size: int
     groups: list[ActivationStatistics] = field(default_factory=list)
-    sequence_amax: torch.Tensor = field(
-        default_factory=lambda: torch.zeros(0, dtype=torch.float64)
-    )
+    sequence_amax: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
     @property
     def total(self) -> ActivationStatistics:
@@ -83,7 +81,7 @@ def hooked(
 ) -> Iterator[dict[str, nn.Module]]:
     """Call ``callback(site, input)`` before each site's forward; the model is restored on exit.
 
-    Evaluation mode inside, hooks removed and the training flag put back even when a forward raises.
+    Evaluation mode inside; hooks removed and training flags put back even when a forward raises.
     """
     found = find_sites(model, sites)
 
@@ -98,12 +96,13 @@ def hooked(
         module.register_forward_pre_hook(pre_hook(label), with_kwargs=True)
         for label, module in found.items()
     ]
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield found
     finally:
-        model.train(training)
+        for module, flag in training.items():
+            module.training = flag
         for handle in handles:
             handle.remove()
 

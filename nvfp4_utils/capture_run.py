@@ -110,6 +110,15 @@ def _write(table: pd.DataFrame, path: Path) -> None:
     part.rename(path)  # an interrupted write leaves no file that looks whole
 
 
+def _calibration_table(folder: Path, name: str) -> pd.DataFrame:
+    """The calibration pool's rows: a file of their own until a run is done, then part of both."""
+    path = folder / f"calibration_{name}.parquet"
+    if path.exists():
+        return pd.read_parquet(path)
+    table = pd.read_parquet(folder / f"{name}.parquet")
+    return table[table.pool == "calibration"]
+
+
 def capture_run(
     model_name: str,
     mixes: list[str],
@@ -133,7 +142,8 @@ def capture_run(
     model_path = Path(model_name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16).to(device)
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16)
+    model = model.to(device)  # type: ignore[arg-type]
     texts = {
         mix: corpora.sequences(mix, tokenizer, calibration=calibration, test=test, length=length,
                                folder=folder, allow_shortfall=allow_shortfall)
@@ -164,7 +174,7 @@ def capture_run(
         sites = _capture(model, texts[mix].test, test_group, batch)
         marginals, sequences = _pool_tables("test", sites, texts[mix].test_source)
         for name, table in (("marginals", marginals), ("sequences", sequences)):
-            before = pd.read_parquet(path / mix / f"calibration_{name}.parquet")
+            before = _calibration_table(path / mix, name)
             _write(pd.concat([before, table]), path / mix / f"{name}.parquet")
         scored = [_score(k, s, calibrations[k]) for k, s in tqdm(sites.items(), desc="score")]
         chosen = featured if featured is not None else default_featured(list(sites))

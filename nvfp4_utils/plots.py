@@ -7,10 +7,12 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import json
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 
@@ -117,12 +119,12 @@ def label_lines(ax: plt.Axes, *, pad: float = 4) -> None:
     """Write each labelled line's name at its right end, in its colour, spread so none overlap."""
     ends = []
     for line in ax.get_lines():
-        if not line.get_label().startswith("_") and len(line.get_xdata()):
-            x, y = line.get_xdata()[-1], line.get_ydata()[-1]
+        if not str(line.get_label()).startswith("_"):
+            x, y = np.asarray(line.get_xydata())[-1]
             ends.append([ax.transData.transform((x, y))[1], x, y, line])
     ends.sort(key=lambda e: e[0])
     gap = 1.15 * plt.rcParams["font.size"] * ax.figure.dpi / 72
-    for below, this in zip(ends, ends[1:], strict=False):
+    for below, this in itertools.pairwise(ends):
         this[0] = max(this[0], below[0] + gap)
     for pixel, x, y, line in ends:
         shift = (pixel - ax.transData.transform((x, y))[1]) * 72 / ax.figure.dpi

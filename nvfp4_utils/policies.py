@@ -73,9 +73,9 @@ def headroom(
             "E4M3. A larger rho would push the anchor's block scale into the subnormals."
         )
     rank = _histogram_percentile if histogram else _exact_percentile
-    upper = _positive(
-        statistics.amax if upper_percentile >= 100 else rank(statistics, upper_percentile, 0.0)
-    )
+    upper = _positive(statistics.amax)
+    if upper_percentile < 100:
+        upper = rank(statistics, upper_percentile, 0.0)
     anchor = rank(statistics, anchor_percentile, upper / ANCHOR_FLOOR)
     # The result is stored as float32 there.
     return float(np.float32(max(rho * anchor, upper)))
@@ -87,7 +87,7 @@ def _exact_percentile(statistics: Statistics, p: float, above: float) -> float:
 
 def _histogram_percentile(statistics: Statistics, p: float, above: float) -> float:
     """A percentile as ModelOpt 0.47 reads it off its log2 histogram; arithmetic in float32."""
-    marginals = getattr(statistics, "marginals", statistics)
+    marginals = statistics if isinstance(statistics, Marginals) else statistics.marginals
     bins, low, high = 512, -40.0, 40.0
 
     def bin_of(values: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from .quantize import (
     E4M3_MAX,
     E4M3_MIN_NORMAL,
     E4M3_MIN_SUBNORMAL,
+    UNDERFLOWS,
     Underflow,
     block_scale_e4m3,
     input_scale_from_amax,
@@ -103,7 +104,7 @@ def worked_block(
         "step": (s8 * g).item(),
     }
     y = q * (s8 * g)
-    rows = pd.DataFrame({"x": x, "u": u, "q": q, "y": y, "y - x": y - x})
+    rows = pd.DataFrame({"x": x, "u": u, "q": q, "y": y, "error": y - x})
     return block, rows
 
 
@@ -111,8 +112,7 @@ def snr_curve(statistics: ActivationStatistics, amaxes: np.ndarray) -> pd.DataFr
     """SNR (dB) at calibrated amaxes under both conventions: columns calibrated_amax, flush, floor."""
     scales = input_scale_from_amax(torch.from_numpy(amaxes))
     return pd.DataFrame(
-        {"calibrated_amax": amaxes}
-        | {u: statistics.snr_db(scales, u) for u in plots.UNDERFLOW_STYLE}
+        {"calibrated_amax": amaxes} | {u: statistics.snr_db(scales, u) for u in UNDERFLOWS}
     )
 
 
@@ -132,7 +132,7 @@ def shade_block_axis(ax: plt.Axes, marginals: Marginals, calibrated_amax: float)
     left, right = ax.get_xlim()
     rhos = [UNDERFLOW_START, NORMAL_END, 1]
     edges = [left, *(calibrated_amax / rho for rho in rhos), right]
-    names = [f"{name}\n{100 * shares[name]:.3g} %" for name in reversed(REGIMES)]
+    names = [f"{name}\n{100 * shares[name]:.4g} %" for name in reversed(REGIMES)]
     _shade(ax, edges, names, reversed(REGIMES))
 
 
@@ -208,7 +208,7 @@ def draw_site(
     caption = (
         f"At a calibrated amax of {calibrated_amax:.4g} the test SNR of {site} is {here:.2f} dB "
         f"({mix}, {underflow}); of its nonzero blocks "
-        + ", ".join(f"{100 * shares[r]:.3g} % are {label}" for r, label in _STATES.items())
+        + ", ".join(f"{100 * shares[r]:.4g} % are {label}" for r, label in _STATES.items())
         + "."
     )
     return fig, caption
@@ -237,3 +237,14 @@ def site_table(sites: dict[str, ActivationStatistics]) -> pd.DataFrame:
             "normal %": 100 * block_regimes(m, m.amax)["normal"],
         }
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def kind_table(table: pd.DataFrame) -> pd.DataFrame:
+    """``site_table`` by site kind, as "smallest to largest" over the kind's layers."""
+
+    def spread(column: pd.Series) -> str:
+        low, high = column.min(), column.max()
+        return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
+
+    kinds = table.index.map(analysis.site_kind)
+    return table.groupby(kinds, sort=False).agg(spread).rename_axis(None)

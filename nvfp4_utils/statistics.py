@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -110,9 +111,7 @@ class Marginals:
             raise TypeError(f"cannot add statistics of {self.dtype} and {other.dtype}.")
         return Marginals(
             self.dtype,
-            *_merge(
-                self.element_codes, self.element_counts, other.element_codes, other.element_counts
-            ),
+            *_merge(self.element_codes, self.element_counts, other.element_codes, other.element_counts),
             *_merge(self.block_codes, self.block_counts, other.block_codes, other.block_counts),
         )
 
@@ -194,7 +193,7 @@ class ActivationStatistics:
     """
 
     def __init__(self, dtype: torch.dtype | None = None, keys=None, counts=None):
-        self.dtype = dtype
+        self.dtype: Any = dtype  # None until the first update
         self.keys = torch.zeros(0, dtype=torch.int64) if keys is None else keys
         self.counts = torch.zeros(0, dtype=torch.int64) if counts is None else counts
 
@@ -268,9 +267,9 @@ class ActivationStatistics:
             raise ValueError("the statistic is empty; expected at least one update(x) before.")
         empty = torch.zeros(0, dtype=torch.int64)
         counts = self.counts.cpu()
-        elements = _merge(self.element_codes.cpu(), counts, empty, empty)
+        elements, element_counts = _merge(self.element_codes.cpu(), counts, empty, empty)
         blocks, block_counts = _merge(self.block_codes.cpu(), counts, empty, empty)
-        return Marginals(self.dtype, *elements, blocks, block_counts // BLOCK_SIZE)
+        return Marginals(self.dtype, elements, element_counts, blocks, block_counts // BLOCK_SIZE)
 
     @property
     def count(self) -> int:
@@ -353,7 +352,7 @@ class ActivationStatistics:
         return rows, starts, sizes, [s.to(self.keys.device) for s in sums]
 
     def _squared_error(self, scales, underflow, out_dtype) -> torch.Tensor:
-        rows, starts, sizes, sums = self._prefix_sums
+        rows, _, _, sums = self._prefix_sums
         signal = float(sums[2][-1])
         error = torch.zeros(len(scales), dtype=torch.float64, device=scales.device)
         at_once = max(1, 2**17 // len(rows)) if not scales.is_cuda else 2**22 // len(rows) + 1
@@ -382,9 +381,8 @@ class ActivationStatistics:
             y = (value * step).to(out_dtype).to(torch.float64)
             # A level that overflows float16 costs infinity where it is used, nothing elsewhere.
             y = torch.where(above > below, y, 0.0)
-            error += y * (
-                y * (count[above] - count[below]) - 2 * (first[above] - first[below])
-            ) + (second[above] - second[below])
+            n, sum_1, sum_2 = (s[above] - s[below] for s in (count, first, second))
+            error += y * (y * n - 2 * sum_1) + sum_2
             below = above
         return error
 

@@ -23,7 +23,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+)
 
 from nvfp4_utils import corpora
 
@@ -177,10 +182,14 @@ def train(work: Path, minutes: float, folder: Path | None, out: Path, t: Trainin
     data = torch.from_numpy(tokens.astype(np.int32)).to(device)
     print(f"{len(data):,} training tokens, ready after {time.time() - began:.0f} s", flush=True)
     torch.manual_seed(t.seed)
-    model = Qwen3_5ForCausalLM(model_config(t)).to(device)
+    model = Qwen3_5ForCausalLM(model_config(t))
+    model = model.to(device)  # type: ignore[arg-type]
     decay = [p for p in model.parameters() if p.ndim >= 2]
     other = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": t.weight_decay}, {"params": other, "weight_decay": 0}]
+    groups = [
+        {"params": decay, "weight_decay": t.weight_decay},
+        {"params": other, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=t.peak_lr, betas=t.betas, fused=device == "cuda")
     step, history = load_checkpoint(work, model, optimizer)
     before = history[-1][2] if history else 0.0  # seconds of earlier calls

@@ -55,9 +55,7 @@ def scales_of(x) -> list[float]:
 
 
 def equal(a: ActivationStatistics, b: ActivationStatistics) -> bool:
-    return (
-        a.dtype == b.dtype and torch.equal(a.keys, b.keys) and torch.equal(a.counts, b.counts)
-    )
+    return a.dtype == b.dtype and torch.equal(a.keys, b.keys) and torch.equal(a.counts, b.counts)
 
 
 def raises(kind, message):
@@ -93,7 +91,7 @@ def test_mse_of_16_bit_output_equals_direct_evaluation(name, dtype, underflow):
 
 @pytest.mark.parametrize("underflow", UNDERFLOWS)
 def test_mse_over_all_regimes_at_once(underflow):
-    x = all_regimes(256, 256, BF16, seed=7)
+    x = all_regimes(64, 256, BF16, seed=7)
     scales = scales_of(x) + [2.0**e for e in range(-30, 20, 3)]
     found = ActivationStatistics.from_tensor(x).mse(scales, underflow)
     expected = [direct(x, g, underflow) for g in scales]
@@ -191,9 +189,7 @@ def test_sorted_path_equals_dense_path(dtype, monkeypatch):
     monkeypatch.setattr(module, "MAX_CELLS", 0)
     called = []
     original = module._joint_histogram_sorted
-    monkeypatch.setattr(
-        module, "_joint_histogram_sorted", lambda *a: called.append(1) or original(*a)
-    )
+    monkeypatch.setattr(module, "_joint_histogram_sorted", lambda *a: called.append(1) or original(*a))
     assert equal(ActivationStatistics.from_tensor(x), dense) and called
 
 
@@ -313,9 +309,7 @@ def test_dtypes_do_not_mix():
     )
     with raises(TypeError, message):
         ActivationStatistics.merged([a, b])
-    message = (
-        "cannot merge statistics of []; expected at least one statistic, all of one dtype."
-    )
+    message = "cannot merge statistics of []; expected at least one statistic, all of one dtype."
     with raises(TypeError, message):
         ActivationStatistics.merged([])
 
@@ -358,7 +352,8 @@ def test_save_and_load(dtype, tmp_path):
     statistics.save(path, metadata={"site": "layers.0.mlp_input"})
     loaded = ActivationStatistics.load(str(path))
     assert equal(loaded, statistics)
-    assert loaded.mse([0.01, 1.0], "floor").tolist() == statistics.mse([0.01, 1.0], "floor").tolist()
+    g = [0.01, 1.0]
+    assert loaded.mse(g, "floor").tolist() == statistics.mse(g, "floor").tolist()
     assert pq.read_schema(path).metadata[b"site"] == b"layers.0.mlp_input"
 
 
@@ -405,9 +400,7 @@ def test_tampered_counts(tmp_path):
     counts = table["count"].to_numpy().copy()
     counts[7] += 1
     pq.write_table(
-        table.set_column(2, "count", pa.array(counts)).replace_schema_metadata(
-            table.schema.metadata
-        ),
+        table.set_column(2, "count", pa.array(counts)).replace_schema_metadata(table.schema.metadata),
         path,
     )
     message = (

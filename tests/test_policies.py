@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""Policies in closed form, and an oracle that a ten times finer search cannot beat."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from nvfp4_utils import ActivationStatistics, input_scale_from_amax, policies
+from nvfp4_utils.quantize import UNDERFLOWS
+
+ROWS, COLUMNS = 32, 256
+
+
+def normal(seed, rows=ROWS, columns=COLUMNS):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def make(name: str) -> torch.Tensor:
+    x = normal(0)
+    if name == "lognormal":
+        x = x.sign() * torch.exp(3 * normal(1))
+    elif name == "sparse":
+        x = torch.relu(x - 2.2) * 3
+    elif name == "swiglu":
+        x = torch.nn.functional.silu(2 * x) * normal(1) * 2 ** (2 * normal(2)[:, :1])
+    elif name == "clipped":
+        # In half of the blocks 15 values sit at 0.83 of the largest: clipping it to them makes
+        # them exact. The small blocks rule out the same ratio between subnormal block scales.
+        x = 0.05 * x.clamp(-2.5, 2.5)
+        x[::2] = 0.83
+        x[::2, ::16] = 1.0
+    return x.bfloat16()
+
+
+def statistics(name: str) -> ActivationStatistics:
+    return ActivationStatistics.from_tensor(make(name))
+
+
+def raises(kind, message):
+    return pytest.raises(kind, match=f"^{re.escape(message)}$")
+
+
+def test_amax_percentile_and_constant():
+    x = make("lognormal")
+    s = ActivationStatistics.from_tensor(x)
+    magnitude = x.float().abs().flatten()
+    assert policies.amax(s) == policies.amax(s.marginals) == magnitude.max().item()
+    k = round(0.999 * x.numel())
+    assert policies.percentile(s, 99.9) == magnitude.kthvalue(k).values.item()
+    assert policies.percentile(s) == policies.percentile(s, 99.99)
+    assert policies.constant(s) == policies.constant() == 2688.0
+    assert input_scale_from_amax(policies.constant()) == 1.0
+
+
+@pytest.mark.parametrize("name", ["gaussian", "lognormal", "sparse", "swiglu"])
+def test_headroom_is_rho_anchors_or_the_upper_block(name):
+    x = make(name)
+    s = ActivationStatistics.from_tensor(x)
+    b = x.float().reshape(-1, 16).abs().amax(1)
+    b = b[b > 0]
+
+    def kth(values, p):
+        return values.kthvalue(max(1, min(len(values), round(p / 100 * len(values))))).values.item()
+
+    for rho in (4.0, 256.0, 16384.0):
+        for p_anchor, p_upper in ((1.0, 99.99), (10.0, 90.0), (1.0, 100.0)):
+            upper = kth(b, p_upper)
+            expected = np.float32(max(rho * kth(b[b > upper / 1e6], p_anchor), upper))
+            got = policies.headroom(s, rho=rho, anchor_percentile=p_anchor, upper_percentile=p_upper)
+            assert got == expected
+
+
+@pytest.mark.parametrize("rho", [0.0, -1.0, 28672.0, math.nan])
+def test_headroom_refuses_rho_outside_the_normal_range(rho):
+    message = (
+        f"rho is {rho}; expected a value in (0, 28672), the normal range of E4M3. A larger rho "
+        "would push the anchor's block scale into the subnormals."
+    )
+    with raises(ValueError, message):
+        policies.headroom(statistics("gaussian"), rho=rho)
+
+
+def test_all_zero_tensors_calibrate_nothing():
+    zero = ActivationStatistics.from_tensor(torch.zeros(4, 32, dtype=torch.bfloat16))
+    message = (
+        "the calibrated amax is 0.0; expected a positive value. The percentile or the whole tensor "
+        "is zero: calibrate on more data or a higher percentile."
+    )
+    for policy in (policies.amax, policies.percentile, policies.oracle):
+        with raises(ValueError, message):
+            policy(zero)
+    with raises(ValueError, message):
+        policies.percentile(statistics("sparse"), 50)
+    for options in ({}, {"upper_percentile": 100}, {"histogram": True}):
+        with raises(ValueError, message):
+            policies.headroom(zero, **options)
+
+
+@pytest.mark.parametrize("underflow", UNDERFLOWS)
+@pytest.mark.parametrize("name", ["gaussian", "lognormal", "sparse", "swiglu", "clipped"])
+def test_no_finer_grid_over_the_whole_range_beats_the_oracle(name, underflow):
+    s = statistics(name)
+    found = policies.oracle(s, underflow)
+    best = s.mse(input_scale_from_amax(found), underflow)
+    fine = s.amax * 2 ** (np.arange(-12 * 1280, 23 * 1280 + 1) / 1280)
+    errors = s.mse(input_scale_from_amax(torch.from_numpy(fine)), underflow)
+    assert errors.min() >= best * (1 - 1e-4)
+    for policy in (policies.amax, policies.percentile, policies.headroom):
+        assert best <= s.mse(input_scale_from_amax(policy(s)), underflow)
+    if name == "clipped":
+        assert found < s.amax and best < errors[fine >= s.amax].min()

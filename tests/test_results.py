@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""A stored run: every number follows from the tensors, and a broken-off capture resumes."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from nvfp4_utils import analysis, corpora, fake_quantize, input_scale_from_amax, results  # noqa: E402
+from nvfp4_utils.capture import SITES, hooked  # noqa: E402
+from nvfp4_utils.capture_run import capture_run  # noqa: E402
+from nvfp4_utils.quantize import UNDERFLOWS  # noqa: E402
+
+TOKENIZER = Path(__file__).resolve().parents[1] / "models" / "reference"
+SETTINGS = {"calibration": 8, "test": 4, "length": 32, "group": 4, "test_group": 2, "batch": 4}
+SECOND = "documentation-only"
+MIXES = [corpora.EMBEDDED_MIX, SECOND]
+POLICIES = {"amax", "p99", "p99.9", "p99.99", "p99.999", "headroom", "constant"}
+
+
+def raises(kind, message):
+    return pytest.raises(kind, match=f"^{re.escape(message)}$")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Make a folder of runs with one tiny run in it; a second mix stands for other data."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("runs")
+        patch.setattr(results, "RUNS", folder)
+        patch.setitem(corpora.MIXES, SECOND, corpora.MIXES[corpora.EMBEDDED_MIX][:1])
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        torch.manual_seed(0)
+        config = transformers.Qwen3_5TextConfig(
+            vocab_size=8192, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            layer_types=["linear_attention", "full_attention"],
+            num_attention_heads=2, num_key_value_heads=1, head_dim=32, linear_num_key_heads=2,
+            linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+            tie_word_embeddings=True, max_position_embeddings=128, eos_token_id=0, pad_token_id=0,
+        )  # fmt: skip
+        transformers.Qwen3_5ForCausalLM(config).bfloat16().save_pretrained(folder / "model")
+        transformers.AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / "model")
+        capture_run(str(folder / "model"), MIXES, folder / "tiny", commit="none", **SETTINGS)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def run(runs):
+    return results.Run("tiny")
+
+
+@pytest.fixture(scope="module")
+def test_activations(runs):
+    """Run the first mix's test sequences once more, keeping the activations of every site."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(runs / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(runs / "model", dtype=torch.bfloat16)
+    texts = corpora.sequences(MIXES[0], tokenizer, calibration=8, test=4, length=32, progress=False)
+    kept: dict[str, list[torch.Tensor]] = {}
+
+    def keep(label, x):
+        kept.setdefault(label, []).append(x.clone())
+
+    with torch.no_grad(), hooked(model, tuple(SITES), keep):
+        model(texts.test.long())
+    return {label: torch.cat(parts) for label, parts in kept.items()}
+
+
+def test_a_run_holds_every_site_policy_and_group(run):
+    assert run.mixes == MIXES and len(run.sites) == 8
+    for mix in MIXES:
+        errors = run.errors(mix)
+        calibrated = errors[errors.calibration != "test"]
+        assert set(calibrated.policy) == POLICIES and set(calibrated.calibration) == set(MIXES)
+        assert set(errors[errors.calibration == "test"].policy) == {"oracle", "dynamic"}
+        assert len(errors) == 8 * len(UNDERFLOWS) * (2 * len(POLICIES) + 2) * 2
+        assert np.isfinite(errors.mse).all() and (errors.mse > 0).all()
+        groups = run.groups(mix)
+        assert set(groups["group"]) == {0, 1} and len(groups) == 16
+        sequences = run.sequences(mix)
+        assert len(sequences) == 8 * (8 + 4)
+        for site in run.sites:
+            m = run.marginals(mix, site, "calibration")
+            mine = sequences[(sequences.site == site) & (sequences.pool == "calibration")]
+            assert m.amax == mine.amax.max()
+            width = 128 if "down" in site else 64
+            if "o_proj" in site and not site.startswith("layers.1."):
+                width = 32  # linear attention: two heads of 16
+            assert m.count == 8 * 32 * width
+    assert {p.name for p in (run.path / MIXES[0]).iterdir()} == {
+        "policies.parquet", "errors.parquet", "groups.parquet", "curves.parquet",
+        "marginals.parquet", "sequences.parquet", *(f"joint.{s}.parquet" for s in run.featured),
+    }  # fmt: skip
+
+
+def test_stored_errors_equal_direct_evaluation(run, test_activations):
+    errors = run.errors(MIXES[0])
+    for i in random.Random(0).sample(range(len(errors)), 3):
+        row = errors.iloc[i]
+        x = test_activations[row.site][2 * row.group : 2 * row.group + 2]
+        y = fake_quantize(x, input_scale_from_amax(row.calibrated_amax), underflow=row.underflow,
+                          out_dtype=torch.float32)  # fmt: skip
+        assert row.mse == pytest.approx((y.double() - x.double()).square().mean().item(), rel=1e-12)
+    groups = run.groups(MIXES[0])
+    row = groups.iloc[5]
+    x = test_activations[row.site][2 * row.group : 2 * row.group + 2].double()
+    assert row["count"] == x.numel()
+    assert row.signal_power == pytest.approx(x.square().mean().item(), rel=1e-12)
+
+
+def test_the_oracle_is_the_lowest_on_the_whole_pool(run):
+    for underflow in UNDERFLOWS:
+        table = analysis.policy_snr(run, MIXES[0], underflow)
+        assert set(table.policy) == POLICIES | {"oracle"} and len(table) == 8 * 8
+        assert (table.gap_db > -1e-3).all()
+        assert (table.low <= table.snr_db).all() and (table.snr_db <= table.high).all()
+
+
+def test_curve_on_its_grid_equals_the_joint_histogram(run):
+    site = run.featured[0]
+    joint = run.joint(MIXES[0], site)
+    curve = run.curves(MIXES[0])
+    grid = curve[curve.site == site].calibrated_amax.to_numpy()
+    amaxes = np.concatenate([grid[::97], [joint.amax, joint.percentile(99.9)]])
+    for underflow in UNDERFLOWS:
+        expected = joint.snr_db(input_scale_from_amax(torch.from_numpy(amaxes)), underflow)
+        found = analysis.curve_snr(run, MIXES[0], site, underflow, amaxes)
+        np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_tables_of_the_question_pages(run):
+    sizes = analysis.size_curve(run, MIXES[0], run.featured[0], draws=20)
+    assert sizes.n.tolist() == [1, 2, 4, 8]
+    assert (sizes.amax.diff().dropna() >= 0).all()
+    full = run.marginals(MIXES[0], run.featured[0]).amax
+    assert sizes.amax.iloc[-1] == sizes.amax_low.iloc[-1] == full
+    matrix = analysis.cross_matrix(run)
+    own = matrix[matrix.calibration == matrix.test]
+    assert len(matrix) == 8 * 4 and (own.loss_db == 0).all()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes()
+            for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "run.json"}  # fmt: skip
+
+
+def test_an_incomplete_run_resumes_to_the_same_bytes(runs):
+    again = runs / "again"
+    shutil.copytree(runs / "tiny", again)
+    (again / "run.json").unlink()
+    (again / SECOND / "errors.parquet").unlink()
+    capture_run(str(runs / "model"), MIXES, again, commit="none", **SETTINGS)
+    assert contents(again) == contents(runs / "tiny")
+    first, second = (json.loads((runs / n / "run.json").read_text()) for n in ("tiny", "again"))
+    for info in (first, second):
+        info["provenance"].pop("date")
+    assert first == second
+
+
+def test_provenance_names_what_a_result_came_from(run):
+    info = run.info["provenance"]
+    assert info["commit"] == "none"
+    assert info["parameters"] == SETTINGS
+    assert info["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert re.fullmatch("[0-9a-f]{64}", info["source_sha256"])
+    assert run.info["model_sha256"] == results.sha256_of(run.path.parent / "model")
+
+
+def test_missing_run(runs):
+    message = (
+        f"no run at {runs / 'none'}; expected a folder with run.json. Make it with `make capture "
+        "MODEL=models/reference DATASET=python-library RUN=none`"
+    )
+    with raises(FileNotFoundError, message):
+        results.Run("none")
+
+
+def test_unknown_mix_site_and_pool(run):
+    for name in ("errors", "groups", "curves", "sequences"):
+        message = (
+            f"no {name} of mix 'chat-only' at {run.path / 'chat-only' / name}.parquet; this run "
+            f"holds {', '.join(MIXES)}."
+        )
+        with raises(FileNotFoundError, message):
+            getattr(run, name)("chat-only")
+    site = "layers.9.mlp_input"
+    message = f"no marginal of {site} test in {SECOND}; this run holds {run.sites}."
+    with pytest.raises(KeyError) as caught:
+        run.marginals(SECOND, site, "test")
+    assert caught.value.args == (message,)
+    with pytest.raises(FileNotFoundError, match=r"^no statistic at .*joint\.layers\.9\."):
+        run.joint(SECOND, site)
+
+
+def test_marginals_equal_those_of_the_joint_histogram(run):
+    site = run.featured[-1]
+    joint, stored = run.joint(MIXES[0], site).marginals, run.marginals(MIXES[0], site, "test")
+    for name in ("element_codes", "element_counts", "block_codes", "block_counts"):
+        assert torch.equal(getattr(joint, name), getattr(stored, name))
+    assert isinstance(run.sequences(SECOND), pd.DataFrame)
