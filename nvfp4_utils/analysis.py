@@ -155,9 +155,7 @@ def sequences_needed(run: Run, mix: str, share: float = 0.9) -> dict[str, float]
     return {"median": float(np.median(needed)), "max": float(np.max(needed))}
 
 
-def paired_difference(
-    run: Run, mix: str, base: str, policy: str, underflow: str
-) -> dict[str, float]:
+def paired_difference(run: Run, mix: str, base: str, policy: str, underflow: str) -> dict[str, float]:
     """How much SNR ``policy`` gains over ``base``: mean over sites with its 95 % interval.
 
     One resample of test groups serves all sites, as the same sequences pass through them. Also

@@ -47,7 +47,7 @@ def curve_amaxes(statistics) -> np.ndarray:
     bottom = torch.tensor(low, dtype=torch.bfloat16).view(torch.int16)
     dense = codes_to_values(torch.arange(int(bottom), int(top) + 1), torch.bfloat16).numpy()
     steps = np.arange(16, 16 * CURVE_OCTAVES + 1) / 16
-    return np.concatenate([dense, statistics.amax * 2**steps[1:]])
+    return np.concatenate([dense, statistics.amax * 2 ** steps[1:]])
 
 
 def _capture(model, tokens, group_size: int, batch: int) -> dict[str, SiteStatistics]:

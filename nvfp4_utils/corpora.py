@@ -97,9 +97,7 @@ def _hub(source: str, splits: Iterable[str], calibration: int, test: int) -> tup
 
 
 def _folder(name: str, field: str, calibration: int, test: int) -> Stream:
-    return Stream(
-        name, "folder", name, field=field, calibration_reserve=calibration, test_reserve=test
-    )
+    return Stream(name, "folder", name, field=field, calibration_reserve=calibration, test_reserve=test)
 
 
 _V2 = "nvidia/Nemotron-Post-Training-Dataset-v2"
@@ -345,9 +343,7 @@ def _opening(content: str | list[dict]) -> str | None:
     return next((str(m["content"]) for m in content if m["role"] == "user"), None)
 
 
-def _texts(
-    records: Iterable[dict], stream: Stream, tokenizer: Any
-) -> Iterator[tuple[str | None, str]]:
+def _texts(records: Iterable[dict], stream: Stream, tokenizer: Any) -> Iterator[tuple[str | None, str]]:
     """Yield each record's opening and its text, followed by the end-of-sequence token."""
     for number, record in enumerate(records):
         content = _content(stream, record)
@@ -393,9 +389,7 @@ def _zoned(
     while batch := list(islice(texts, RECORDS_A_BATCH)):
         ids: list[list[int]] = [[]] * len(batch)
         if left:
-            ids = tokenizer([t for _, t in batch], add_special_tokens=False, verbose=False)[
-                "input_ids"
-            ]
+            ids = tokenizer([t for _, t in batch], add_special_tokens=False, verbose=False)["input_ids"]
         for (opening, text), tokens in zip(batch, ids, strict=True):
             if opening is None or opening != previous:
                 while left and filled >= reserve[left[0]]:

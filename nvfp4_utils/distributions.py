@@ -40,9 +40,7 @@ class Distribution:
     draw: _Draw
     row_scale: _RowScale | None = None
 
-    def sample(
-        self, n: int, generator: torch.Generator, split: str = "calibration"
-    ) -> torch.Tensor:
+    def sample(self, n: int, generator: torch.Generator, split: str = "calibration") -> torch.Tensor:
         """Return bf16 [n], drawn on the generator's device as rows of 1,024 elements.
 
         Longer tensors do not extend shorter ones of the same seed. Raises ValueError if `n` is not

@@ -66,8 +66,9 @@ def numbers(name: str = "") -> dict[str, Any]:
         "mixes": len(run.mixes),
         "cross": foreign,
         "cross_large": float((foreign["amax", "flush"] > 0.1).mean()),
-        "cross_worst": {p: max(foreign[p, u].max() for u in ("flush", "floor"))
-                        for p in ("amax", "headroom")},  # fmt: skip
+        "cross_worst": {
+            p: max(foreign[p, u].max() for u in ("flush", "floor")) for p in ("amax", "headroom")
+        },  # fmt: skip
     }
 
 

@@ -102,9 +102,7 @@ def prose(text: str) -> None:
 
 def table(frame: pd.DataFrame, *, caption: str, digits: int = 2) -> None:
     """Display a table with a caption; floats rounded to ``digits``."""
-    body = frame.to_html(
-        float_format=lambda v: f"{v:.{digits}f}", border=0, classes="table", na_rep="–"
-    )
+    body = frame.to_html(float_format=lambda v: f"{v:.{digits}f}", border=0, classes="table", na_rep="–")
     _display("HTML", f'<div style="overflow-x:auto">{body}</div><p><em>{caption}</em></p>')
 
 

@@ -131,8 +131,7 @@ def oracle(
     def grid(low: float, high: float) -> np.ndarray:
         """Log grid over the octaves [low, high) relative to the largest block amax."""
         return block_max * 2 ** (
-            np.arange(math.floor(low * OCTAVE_POINTS), math.ceil(high * OCTAVE_POINTS))
-            / OCTAVE_POINTS
+            np.arange(math.floor(low * OCTAVE_POINTS), math.ceil(high * OCTAVE_POINTS)) / OCTAVE_POINTS
         )
 
     known = mse(grid(0, 1)).min()

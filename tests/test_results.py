@@ -34,6 +34,8 @@ def raises(kind, message):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Make a folder of runs with one tiny run in it; a second mix stands for other data."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # thousands of tiny operations: threads only wait for each other
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("runs")
         patch.setattr(results, "RUNS", folder)
@@ -51,6 +53,7 @@ def runs(tmp_path_factory):
         transformers.AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / "model")
         capture_run(str(folder / "model"), MIXES, folder / "tiny", commit="none", **SETTINGS)
         yield folder
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
