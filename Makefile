@@ -22,6 +22,8 @@ PROSE := $(shell find book -type f 2>/dev/null) _config.yml _toc.yml
 
 export JUPYTER_PLATFORM_DIRS := 1
 export PYTHONHASHSEED := 0
+# Threads that spin at barriers slow small tensor operations many times when cores are shared.
+export OMP_WAIT_POLICY := passive
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export TOKENIZERS_PARALLELISM := false
 

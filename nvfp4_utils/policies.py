@@ -10,6 +10,7 @@ into the stored scale.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import numpy as np
@@ -20,7 +21,8 @@ from .statistics import ActivationStatistics, Marginals, codes_to_values
 
 E4M3_NORMAL_RANGE = E4M3_MAX / E4M3_MIN_NORMAL  # 28672
 ANCHOR_FLOOR = 1e6  # blocks this far under the upper anchor count as zero
-OCTAVE_POINTS = 128  # of the oracle's first grid
+OCTAVE_POINTS = 128  # of the oracle's grid
+MANY_ROWS = 512  # distinct block amaxes from which the oracle looks at octaves coarsely first
 
 Statistics: TypeAlias = ActivationStatistics | Marginals
 
@@ -117,7 +119,8 @@ def oracle(
     least ``sum max(|x| - L, 0)**2``, as nothing quantizes above ``L``: octaves where that exceeds
     the best error are out. From above, the search ends where every block has underflowed. Between
     ``B_max`` and ``28672 B_min`` doubling the scale changes no bit, so one octave stands for all.
-    The grid has 128 points an octave; the best points are refined twice.
+    The grid has 128 points an octave, where a statistic of many block amaxes first narrows the
+    octaves at 16; the best points are refined twice.
     """
     marginals = statistics.marginals
     blocks = codes_to_values(marginals.block_codes, marginals.dtype)
@@ -128,19 +131,24 @@ def oracle(
         scales = input_scale_from_amax(torch.from_numpy(amaxes))
         return statistics.mse(scales, underflow, out_dtype=out_dtype)
 
-    def grid(low: float, high: float) -> np.ndarray:
-        """Log grid over the octaves [low, high) relative to the largest block amax."""
-        return block_max * 2 ** (
-            np.arange(math.floor(low * OCTAVE_POINTS), math.ceil(high * OCTAVE_POINTS)) / OCTAVE_POINTS
-        )
+    def grid(octaves: Iterable[int], points: int) -> np.ndarray:
+        """Log grid over octaves counted from the largest block amax, without repeated ones."""
+        exponents = np.concatenate([o + np.arange(points) / points for o in octaves])
+        amaxes = block_max * 2**exponents
+        repeated = (amaxes > 2 * block_max) & (amaxes <= normal_end / 2)
+        return amaxes[~repeated & (amaxes / AMAX_PER_SCALE < 2.0**123)]
 
-    known = mse(grid(0, 1)).min()
-    low = _lowest_octave(marginals, known, block_max)
-    # At 448 * 2**10 * B_max all blocks flush; under floor all elements are zero 12 times later.
-    candidates = grid(low, 23)
     normal_end = E4M3_NORMAL_RANGE * block_min
-    candidates = candidates[(candidates <= 2 * block_max) | (candidates > normal_end / 2)]
-    candidates = candidates[candidates / AMAX_PER_SCALE < 2.0**123]
+    known = mse(grid([0], OCTAVE_POINTS)).min()
+    # At 448 * 2**10 * B_max all blocks flush; under floor all elements are zero 12 times later.
+    octaves = range(_lowest_octave(marginals, known, block_max), 23)
+    if len(blocks) >= MANY_ROWS:
+        # Many block amaxes average out: an octave's coarse minimum is within its ripple of the true.
+        coarse = grid(octaves, 16)
+        errors = mse(coarse)
+        near = coarse[errors <= 1.02 * min(known, errors.min())]
+        octaves = np.unique(np.floor(np.log2(near / block_max)).astype(int))
+    candidates = grid(octaves, OCTAVE_POINTS)
     errors = mse(candidates)
     width = 1 / OCTAVE_POINTS
     for keep, points in ((12, 33), (4, 33)):
