@@ -143,11 +143,11 @@ def oracle(
     # At 448 * 2**10 * B_max all blocks flush; under floor all elements are zero 12 times later.
     octaves = range(_lowest_octave(marginals, known, block_max), 23)
     if len(blocks) >= MANY_ROWS:
-        # Many block amaxes average out: an octave's coarse minimum is within its ripple of the true.
+        # Many block amaxes average out: no scale between two coarse points is far below both.
         coarse = grid(octaves, 16)
         errors = mse(coarse)
-        near = coarse[errors <= 1.02 * min(known, errors.min())]
-        octaves = np.unique(np.floor(np.log2(near / block_max)).astype(int))
+        near = coarse[errors <= 1.5 * min(known, errors.min())]
+        octaves = np.union1d(0, np.floor(np.log2(near / block_max))).astype(int)
     candidates = grid(octaves, OCTAVE_POINTS)
     errors = mse(candidates)
     width = 1 / OCTAVE_POINTS
