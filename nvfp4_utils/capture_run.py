@@ -203,7 +203,7 @@ def capture_run(
 
 
 def default_featured(sites: list[str]) -> list[str]:
-    """First, middle and last layer's MLP and down-projection inputs."""
+    """The first and the last layer's MLP and down-projection inputs."""
     layers = sorted({int(s.split(".")[1]) for s in sites})
     wanted = [f"layers.{i}.{s}" for i in (layers[0], layers[-1])
               for s in ("mlp_input", "down_proj_input")]  # fmt: skip

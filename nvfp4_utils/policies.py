@@ -9,7 +9,6 @@ into the stored scale.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import TypeAlias
 

@@ -4,6 +4,9 @@
 
 import os
 
+# Threads that spin at barriers slow small operations many times when cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+
 import torch
 
 torch.set_num_threads(2)

@@ -299,8 +299,7 @@ def test_truncated_gzip_names_the_file_and_the_line(small, tokenizer):
         read(small, tokenizer)
     path.write_bytes(b"plain text")
     message = (
-        f"{path}, after line 0: damaged or truncated gzip (Not a gzipped file (b'pl')). "
-        "Fetch it again."
+        f"{path}, after line 0: damaged or truncated gzip (Not a gzipped file (b'pl')). Fetch it again."
     )
     with raises(ValueError, message):
         read(small, tokenizer)

@@ -113,3 +113,14 @@ def test_no_finer_grid_over_the_whole_range_beats_the_oracle(name, underflow):
         assert best <= s.mse(input_scale_from_amax(policy(s)), underflow)
     if name == "clipped":
         assert found < s.amax and best < errors[fine >= s.amax].min()
+
+
+@pytest.mark.parametrize("underflow", UNDERFLOWS)
+def test_octaves_searched_coarsely_hide_no_lower_error(underflow):
+    # Enough block amaxes for the coarse pass; the fine grid covers the octaves around the optimum.
+    x = torch.exp(3 * normal(5, rows=2**12)).bfloat16()
+    s = ActivationStatistics.from_tensor(x)
+    assert len(s.marginals.block_codes) >= policies.MANY_ROWS
+    best = s.mse(input_scale_from_amax(policies.oracle(s, underflow)), underflow)
+    fine = s.amax * 2 ** (np.arange(-2 * 1280, 3 * 1280) / 1280)
+    assert s.mse(input_scale_from_amax(torch.from_numpy(fine)), underflow).min() >= best * (1 - 1e-4)
