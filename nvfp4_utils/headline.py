@@ -68,7 +68,7 @@ def numbers(name: str = "") -> dict[str, Any]:
         "cross_large": float((foreign["amax", "flush"] > 0.1).mean()),
         "cross_worst": {
             p: max(foreign[p, u].max() for u in ("flush", "floor")) for p in ("amax", "headroom")
-        },  # fmt: skip
+        },
     }
 
 
