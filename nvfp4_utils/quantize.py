@@ -78,6 +78,14 @@ def check_tensor(x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> N
         )
 
 
+def nonfinite_error(bad: int) -> ValueError:
+    """The error for ``bad`` values that are NaN or infinite."""
+    return ValueError(
+        f"x holds {bad} values that are NaN or infinite; expected finite activations. Find the "
+        "layer that overflows before calibrating."
+    )
+
+
 def check_underflow(underflow: str) -> None:
     """Refuse an unknown underflow convention."""
     if underflow not in UNDERFLOWS:
@@ -183,8 +191,5 @@ def fake_quantize(
 
         return fake_quantize_triton(x, scale, underflow, out_dtype)
     if not math.isfinite(x.abs().max().item()):
-        raise ValueError(
-            f"x holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite; expected "
-            "finite activations. Find the layer that overflows before calibrating."
-        )
+        raise nonfinite_error(int((~torch.isfinite(x)).sum()))
     return fake_quantize_reference(x, scale, underflow, out_dtype)

@@ -27,6 +27,7 @@ from .quantize import (
     check_scale,
     check_tensor,
     check_underflow,
+    nonfinite_error,
     round_e2m1,
 )
 
@@ -142,10 +143,7 @@ def joint_histogram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     highest = int(block_codes.max())
     if highest >= INFINITY_CODE[x.dtype]:
         bad = int((codes >= INFINITY_CODE[x.dtype]).sum())
-        raise ValueError(
-            f"x holds {bad} values that are NaN or infinite; expected finite activations. Find the "
-            "layer that overflows before calibrating."
-        )
+        raise nonfinite_error(bad)
     # Column and row 0 stand for code 0; the rest for the ranges of nonzero codes that occur.
     low_element = int(torch.where(codes == 0, 0x7FFF, codes).min())
     low_block = int(torch.where(block_codes == 0, 0x7FFF, block_codes).min())

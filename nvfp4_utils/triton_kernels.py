@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .quantize import BLOCK_SIZE, E2M1_MAX, Underflow
+from .quantize import BLOCK_SIZE, E2M1_MAX, Underflow, nonfinite_error
 
 
 @triton.jit
@@ -90,8 +90,5 @@ def fake_quantize_triton(
         num_warps=num_warps,
     )  # fmt: skip
     if bad.item():
-        raise ValueError(
-            f"x holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite; expected "
-            "finite activations. Find the layer that overflows before calibrating."
-        )
+        raise nonfinite_error(int((~torch.isfinite(x)).sum()))
     return y
