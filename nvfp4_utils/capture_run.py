@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,35 +20,14 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from . import corpora, policies
-from .capture import SITES, SiteStatistics, capture
-from .quantize import UNDERFLOWS, input_scale_from_amax
+from . import corpora, policies, scoring
+from .capture import SITES, SiteStatistics, capture, hooked
+from .quantize import UNDERFLOWS
 from .results import REFERENCE, RUNS, Run, provenance, sha256_of
-from .statistics import Marginals, codes_to_values
+from .statistics import Marginals
+from .subsets import SubsetMarginals
 
-PERCENTILES = (99.0, 99.9, 99.99, 99.999)
-CURVE_OCTAVES = 19  # above the largest block amax: past the last subnormal block scale
-
-
-def policy_amaxes(statistics) -> dict[str, float]:
-    """The calibrated amax of every policy that looks at calibration data only."""
-    return {
-        "amax": policies.amax(statistics),
-        **{f"p{p:g}": policies.percentile(statistics, p) for p in PERCENTILES},
-        "headroom": policies.headroom(statistics),
-        "constant": policies.constant(statistics),
-    }
-
-
-def curve_amaxes(statistics) -> np.ndarray:
-    """Where the stored curve is evaluated: every bfloat16 from p99 (or 1/64 of the amax) to twice
-    the amax, so that amax and percentile calibrations lie on it exactly; then 16 an octave."""
-    top = torch.tensor(2 * statistics.amax, dtype=torch.bfloat16).view(torch.int16)
-    low = min(max(statistics.percentile(99), statistics.amax / 2**12), statistics.amax / 64)
-    bottom = torch.tensor(low, dtype=torch.bfloat16).view(torch.int16)
-    dense = codes_to_values(torch.arange(int(bottom), int(top) + 1), torch.bfloat16).numpy()
-    steps = np.arange(16, 16 * CURVE_OCTAVES + 1) / 16
-    return np.concatenate([dense, statistics.amax * 2 ** steps[1:]])
+WINDOW = 256  # tokens of the study's test tensor
 
 
 def _capture(model, tokens, group_size: int, batch: int) -> dict[str, SiteStatistics]:
@@ -74,33 +54,6 @@ def _pool_tables(pool: str, sites: dict[str, SiteStatistics], source: list[str])
     return marginals, sequences
 
 
-def _score(site: str, test: SiteStatistics, calibrations: dict[str, dict[str, float]]):
-    """Errors of every calibration on every test group, group sizes, and the pool's curve."""
-    total = test.total
-    rows = []
-    for underflow in UNDERFLOWS:
-        menu = [(m, p, a) for m, amaxes in calibrations.items() for p, a in amaxes.items()]
-        menu.append(("test", "oracle", policies.oracle(total, underflow)))
-        menu.append(("test", "dynamic", total.amax))
-        scales = input_scale_from_amax(torch.tensor([a for *_, a in menu], dtype=torch.float64))
-        for group, statistics in enumerate(test.groups):
-            mse = statistics.mse(scales, underflow)
-            rows += [(site, m, p, underflow, a, group, e)
-                     for (m, p, a), e in zip(menu, mse, strict=True)]  # fmt: skip
-    errors = pd.DataFrame(rows, columns=["site", "calibration", "policy", "underflow",
-                                         "calibrated_amax", "group", "mse"])  # fmt: skip
-    groups = pd.DataFrame({
-        "site": site, "group": np.arange(len(test.groups)),
-        "count": [g.count for g in test.groups],
-        "signal_power": [g.signal_power for g in test.groups],
-    })  # fmt: skip
-    amaxes = curve_amaxes(total)
-    scales = input_scale_from_amax(torch.from_numpy(amaxes))
-    curve = pd.DataFrame({"site": site, "calibrated_amax": amaxes}
-                         | {f"mse_{u}": total.mse(scales, u) for u in UNDERFLOWS})  # fmt: skip
-    return errors, groups, curve
-
-
 def _write(table: pd.DataFrame, path: Path) -> None:
     for name in ("site", "pool", "level", "source", "calibration", "policy", "underflow"):
         if name in table:
@@ -116,7 +69,85 @@ def _calibration_table(folder: Path, name: str) -> pd.DataFrame:
     if path.exists():
         return pd.read_parquet(path)
     table = pd.read_parquet(folder / f"{name}.parquet")
-    return table[table.pool == "calibration"]
+    return table[table.pool == "calibration"] if "pool" in table else table
+
+
+def _calibration_stage(model, texts, path: Path, *, group: int, batch: int, draws: int) -> None:
+    """Everything that a mix's calibration pool decides; nothing of the test pool is seen."""
+    tokens = texts.calibration
+    device = next(model.parameters()).device
+    subsets = SubsetMarginals(len(tokens), draws, device)
+    with hooked(model, tuple(SITES), subsets.count):
+        sites = _capture(model, tokens, group, batch)
+    marginals, sequences = _pool_tables("calibration", sites, texts.calibration_source)
+    _write(marginals, path / "calibration_marginals.parquet")
+    _write(sequences, path / "calibration_sequences.parquet")
+    _write(subsets.table(scoring.policy_amaxes), path / "calibration_subsets.parquet")
+    rows = [(k, p, a) for k, s in tqdm(sites.items(), desc="calibrate")
+            for p, a in scoring.calibrate(s.total).items()]  # fmt: skip
+    columns = ["site", "policy", "calibrated_amax"]
+    _write(pd.DataFrame(rows, columns=columns), path / "policies.parquet")
+
+
+def _test_stage(
+    model, texts, path: Path, calibrations: dict, mix: str, *, test_group: int, batch: int,
+    window_mixes: list[str], featured: list[str],
+) -> None:  # fmt: skip
+    """Score every calibration on one mix's test pool. ``errors.parquet`` is written last."""
+    sites = _capture(model, texts.test, test_group, batch)
+    marginals, sequences = _pool_tables("test", sites, texts.test_source)
+    for name, table in (("marginals", marginals), ("sequences", sequences)):
+        before = _calibration_table(path, name)
+        _write(pd.concat([before, table]), path / f"{name}.parquet")
+    subsets = _calibration_table(path, "subsets")
+
+    def score(site: str):
+        total = sites[site].total
+        oracle = {u: policies.oracle(total, u) for u in UNDERFLOWS}
+        own = subsets[subsets.site == site].drop(columns=["mse_flush", "mse_floor"], errors="ignore")
+        return (
+            oracle,
+            scoring.group_errors(site, sites[site], total, calibrations[site], oracle),
+            scoring.group_table(site, sites[site]),
+            scoring.curve_table(site, total),
+            scoring.score_subsets(own, total),
+        )
+
+    # On a GPU the host's part of the work is what takes time; on a CPU every thread is busy anyway.
+    with ThreadPoolExecutor(8 if torch.cuda.is_available() else 1) as pool:
+        scored = list(tqdm(pool.map(score, sites), total=len(sites), desc="score"))
+    oracles, errors, *tables = zip(*scored, strict=True)
+    menu = {
+        site: _window_menu(calibrations[site], oracle, mix, window_mixes)
+        for site, oracle in zip(sites, oracles, strict=True)
+    }
+    direct = scoring.WindowErrors(menu, min(WINDOW, texts.test.shape[1]))
+    with torch.inference_mode(), hooked(model, tuple(SITES), direct.count):
+        for part in tqdm(texts.test.long().split(batch), desc="windows", unit="batch"):
+            getattr(model, "model", model)(input_ids=part.to(next(model.parameters()).device))
+    windows = direct.table()
+    if mix in window_mixes:
+        _write(windows.copy(), path / "windows.parquet")
+    for site in featured:
+        sites[site].total.save(path / f"joint.{site}.parquet")
+    for name, table in zip(("groups", "curves", "subsets"), tables, strict=True):
+        _write(pd.concat(table), path / f"{name}.parquet")
+    per_group = test_group * texts.test.shape[1] // direct.window
+    by_window = scoring.window_group_errors(windows, calibrations, mix, per_group)
+    _write(pd.concat([*errors, by_window]), path / "errors.parquet")
+
+
+def _window_menu(calibrations: dict, oracle: dict, mix: str, window_mixes: list[str]) -> dict:
+    """What is scored window by window: two policies always, all of them where windows are kept."""
+    own = calibrations[mix]
+    menu = {scoring.DYNAMIC: np.nan, scoring.FOUR_OVER_SIX: own[scoring.FOUR_OVER_SIX]}
+    if mix in window_mixes:
+        menu |= {p: own[p] for p in ("amax", "p99.9", "p99.99", "p99.999", "headroom", "mse")}
+        menu |= {f"amax of {m}": calibrations[m]["amax"] for m in window_mixes if m != mix}
+    both = {(name, u): amax for name, amax in menu.items() for u in UNDERFLOWS}
+    if mix in window_mixes:
+        both |= {("oracle", u): oracle[u] for u in UNDERFLOWS}
+    return both
 
 
 def capture_run(
@@ -130,13 +161,19 @@ def capture_run(
     group: int = 32,
     test_group: int = 8,
     batch: int = 32,
+    draws: int = 5,
     featured: list[str] | None = None,
     featured_mixes: int = 1,
+    window_mixes: int = 0,
     folder: Path | None = None,
     allow_shortfall: bool = False,
     commit: str | None = None,
 ) -> None:
-    """Capture ``mixes`` through ``model_name`` (a folder or a hub id) into the folder ``path``."""
+    """Capture ``mixes`` through ``model_name`` (a folder or a hub id) into the folder ``path``.
+
+    Joint histograms are kept of the ``featured`` sites of the first ``featured_mixes``, errors by
+    window of 256 tokens of the first ``window_mixes``.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model_path = Path(model_name)
@@ -151,41 +188,25 @@ def capture_run(
     }  # fmt: skip
     for mix in mixes:
         (path / mix).mkdir(parents=True, exist_ok=True)
-        if (path / mix / "policies.parquet").exists():
-            continue
-        print(f"calibration pool of {mix}", flush=True)
-        sites = _capture(model, texts[mix].calibration, group, batch)
-        marginals, sequences = _pool_tables("calibration", sites, texts[mix].calibration_source)
-        _write(marginals, path / mix / "calibration_marginals.parquet")
-        _write(sequences, path / mix / "calibration_sequences.parquet")
-        rows = [(k, p, a) for k, s in sites.items() for p, a in policy_amaxes(s.total).items()]
-        _write(pd.DataFrame(rows, columns=["site", "policy", "calibrated_amax"]),
-               path / mix / "policies.parquet")  # fmt: skip
+        if not (path / mix / "policies.parquet").exists():
+            print(f"calibration pool of {mix}", flush=True)
+            _calibration_stage(model, texts[mix], path / mix, group=group, batch=batch, draws=draws)
     calibrations: dict[str, dict[str, dict[str, float]]] = {}
     for mix in mixes:
         table = pd.read_parquet(path / mix / "policies.parquet")
-        for site, rows in table.groupby("site", observed=True):
+        for site, rows in table.groupby("site", observed=True, sort=False):
             values = dict(zip(rows.policy, rows.calibrated_amax, strict=True))
             calibrations.setdefault(str(site), {})[mix] = values
+    chosen = featured if featured is not None else default_featured(list(calibrations))
     for number, mix in enumerate(mixes):
-        if (path / mix / "errors.parquet").exists():
-            continue
-        print(f"test pool of {mix}", flush=True)
-        sites = _capture(model, texts[mix].test, test_group, batch)
-        marginals, sequences = _pool_tables("test", sites, texts[mix].test_source)
-        for name, table in (("marginals", marginals), ("sequences", sequences)):
-            before = _calibration_table(path / mix, name)
-            _write(pd.concat([before, table]), path / mix / f"{name}.parquet")
-        scored = [_score(k, s, calibrations[k]) for k, s in tqdm(sites.items(), desc="score")]
-        chosen = featured if featured is not None else default_featured(list(sites))
-        for site in chosen if number < featured_mixes else []:
-            sites[site].total.save(path / mix / f"joint.{site}.parquet")
-        for name, tables in zip(("errors", "groups", "curves"), zip(*scored, strict=True), strict=True):
-            if name != "errors":
-                _write(pd.concat(tables), path / mix / f"{name}.parquet")
-        _write(pd.concat([s[0] for s in scored]), path / mix / "errors.parquet")
+        if not (path / mix / "errors.parquet").exists():
+            print(f"test pool of {mix}", flush=True)
+            _test_stage(
+                model, texts[mix], path / mix, calibrations, mix, test_group=test_group, batch=batch,
+                window_mixes=mixes[:window_mixes], featured=chosen if number < featured_mixes else [],
+            )  # fmt: skip
     for mix in mixes:
-        for name in ("marginals", "sequences"):
+        for name in ("marginals", "sequences", "subsets"):
             (path / mix / f"calibration_{name}.parquet").unlink(missing_ok=True)
     info = {
         "model": model_name,
@@ -193,11 +214,12 @@ def capture_run(
         "model_sha256": sha256_of(model_path) if model_path.exists() else "hub",
         "mixes": mixes,
         "sites": list(calibrations),
-        "featured": featured if featured is not None else default_featured(list(calibrations)),
+        "featured": chosen,
         "featured_mixes": mixes[:featured_mixes],
+        "window_mixes": mixes[:window_mixes],
         "texts": {m: t.provenance | {"shortfall": t.shortfall} for m, t in texts.items()},
-        "provenance": provenance(commit, calibration=calibration, test=test, length=length,
-                                 group=group, test_group=test_group, batch=batch),
+        "provenance": provenance(commit, calibration=calibration, test=test, length=length, group=group,
+                                 test_group=test_group, batch=batch, draws=draws),
     }  # fmt: skip
     (path / "run.json").write_text(json.dumps(info, indent=1))
 
@@ -219,14 +241,15 @@ def main() -> None:
     parser.add_argument("--corpora", type=Path, default=None, help="folder of *.jsonl.gz")
     for name, value in (("calibration", 1024), ("test", 256), ("length", 512), ("batch", 32)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--windows", type=int, default=0, help="mixes with errors by 256 tokens")
     parser.add_argument("--allow-shortfall", action="store_true")
     parser.add_argument("--commit", default=None)
     a = parser.parse_args()
     path = a.out or (RUNS / a.run if a.run else REFERENCE)
     capture_run(
         a.model, a.dataset.split(","), path, calibration=a.calibration, test=a.test,
-        length=a.length, batch=a.batch, folder=a.corpora, allow_shortfall=a.allow_shortfall,
-        commit=a.commit,
+        length=a.length, batch=a.batch, window_mixes=a.windows, folder=a.corpora,
+        allow_shortfall=a.allow_shortfall, commit=a.commit,
     )  # fmt: skip
     print(f"run stored in {path}")
     Run(a.run) if a.out is None else None

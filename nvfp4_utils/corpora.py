@@ -20,7 +20,7 @@ import os
 import platform
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from itertools import islice
 from pathlib import Path
@@ -47,7 +47,8 @@ class Stream:
     `kind` is "hub" (a Hugging Face id, streamed), "folder" (one `SOURCE.jsonl.gz`) or "embedded"
     (text that every Python has). `field` names the record's text: "messages", "text", "article",
     or "any" (messages where the record has them, else text). The reserves count sequences of 512
-    tokens.
+    tokens. With `language`, only records of that language are used, from the zones of the whole
+    stream: so a single language's calibration text is part of the multilingual one's.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Stream:
     field: str = "messages"
     calibration_reserve: int = 1024
     test_reserve: int = 256
+    language: str | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,10 @@ MIXES: dict[str, tuple[Member, ...]] = {
     "open-code-only": (_open("code"),),
     "open-math-only": (_open("math"),),
     "open-multilingual-only": (_open("multilingual"),),
+    # One of eleven languages: 11 times fewer sequences than the reserves, so a shortfall.
+    "open-chinese-only": (
+        Member("chinese", (replace(FOLDER_STREAMS["multilingual"], language="zh"),)),
+    ),
     "open-agentic-only": (_open("agentic"),),
     "open-prose": (_open("prose"), _open("textbook")),
     EMBEDDED_MIX: (
@@ -343,8 +349,10 @@ def _opening(content: str | list[dict]) -> str | None:
     return next((str(m["content"]) for m in content if m["role"] == "user"), None)
 
 
-def _texts(records: Iterable[dict], stream: Stream, tokenizer: Any) -> Iterator[tuple[str | None, str]]:
-    """Yield each record's opening and its text, followed by the end-of-sequence token."""
+def _texts(
+    records: Iterable[dict], stream: Stream, tokenizer: Any
+) -> Iterator[tuple[str | None, str, dict]]:
+    """Yield each record's opening, its text with the end-of-sequence token, and the record."""
     for number, record in enumerate(records):
         content = _content(stream, record)
         opening = _opening(content)
@@ -365,13 +373,13 @@ def _texts(records: Iterable[dict], stream: Stream, tokenizer: Any) -> Iterator[
                     f"stream {stream.name!r}, record {record.get('id', number)}: the chat template "
                     f"failed: {type(error).__name__}: {error}"
                 ) from error
-        yield opening, content + tokenizer.eos_token
+        yield opening, content + tokenizer.eos_token, record
 
 
 def _zoned(
     records: Iterable[dict], stream: Stream, tokenizer: Any
 ) -> Iterator[tuple[str, str, list[int]]]:
-    """Yield (zone, text, token ids) a record; no ids in the training zone.
+    """Yield (zone, text, token ids) a record of the stream's language; no ids in the training zone.
 
     A zone is full once its records hold its reserve of tokens; the next record that does not repeat
     the opening of the one before it opens the next zone.
@@ -389,15 +397,17 @@ def _zoned(
     while batch := list(islice(texts, RECORDS_A_BATCH)):
         ids: list[list[int]] = [[]] * len(batch)
         if left:
-            ids = tokenizer([t for _, t in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        for (opening, text), tokens in zip(batch, ids, strict=True):
+            rendered = [text for _, text, _ in batch]
+            ids = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+        for (opening, text, record), tokens in zip(batch, ids, strict=True):
             if opening is None or opening != previous:
                 while left and filled >= reserve[left[0]]:
                     left.pop(0)
                     filled = 0
             previous = opening
             filled += len(tokens)
-            yield (left[0], text, tokens) if left else ("training", text, [])
+            if stream.language in (None, record.get("language")):
+                yield (left[0], text, tokens) if left else ("training", text, [])
 
 
 def _cut(

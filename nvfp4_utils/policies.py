@@ -10,12 +10,19 @@ into the stored scale.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from .quantize import AMAX_PER_SCALE, E4M3_MAX, E4M3_MIN_NORMAL, Underflow, input_scale_from_amax
+from .quantize import (
+    AMAX_PER_SCALE,
+    E4M3_MAX,
+    E4M3_MIN_NORMAL,
+    FOUR_OVER_SIX_ROOM,
+    Underflow,
+    input_scale_from_amax,
+)
 from .statistics import ActivationStatistics, Marginals, codes_to_values
 
 E4M3_NORMAL_RANGE = E4M3_MAX / E4M3_MIN_NORMAL  # 28672
@@ -39,6 +46,11 @@ def percentile(statistics: Statistics, p: float = 99.99) -> float:
 def constant(statistics: Statistics | None = None) -> float:
     """2688, which is ``input_scale = 1``: ModelOpt ``constant_amax`` for MoE experts."""
     return AMAX_PER_SCALE
+
+
+def four_over_six(statistics: Statistics) -> float:
+    """1.75 times the amax, which is ``amax / (6 * 256)`` as scale: for that quantizer's two choices."""
+    return FOUR_OVER_SIX_ROOM * amax(statistics)
 
 
 def headroom(
@@ -140,7 +152,7 @@ def oracle(
     normal_end = E4M3_NORMAL_RANGE * block_min
     known = mse(grid([0], OCTAVE_POINTS)).min()
     # At 448 * 2**10 * B_max all blocks flush; under floor all elements are zero 12 times later.
-    octaves = range(_lowest_octave(marginals, known, block_max), 23)
+    octaves: Any = range(_lowest_octave(marginals, known, block_max), 23)
     if len(blocks) >= MANY_ROWS:
         # Many block amaxes average out: no scale between two coarse points is far below both.
         coarse = grid(octaves, 16)

@@ -16,6 +16,9 @@ E4M3_MAX = 448.0
 E4M3_MIN_NORMAL = 2.0**-6
 E4M3_MIN_SUBNORMAL = 2.0**-9
 AMAX_PER_SCALE = E2M1_MAX * E4M3_MAX  # 2688: the largest magnitude at input_scale = 1
+# Four Over Six puts the amax at 6 * 256, so that a block may also be scaled to 4: 1.5 * 256 = 384 is
+# an E4M3 number, 1.5 * 448 is beyond the largest. 448 / 256 of the amax gives its scale.
+FOUR_OVER_SIX_ROOM = E4M3_MAX / 256.0
 FP32_MIN_NORMAL = 2.0**-126
 
 Underflow = Literal["flush", "floor"]
@@ -120,15 +123,45 @@ def block_scale_e4m3(
     return s8
 
 
+def _magnitudes(blocks, block_amax, input_scale, underflow: Underflow) -> torch.Tensor:
+    """Quantized magnitudes of float32 blocks [n, 16] whose block scale takes ``block_amax`` to 6."""
+    step = block_scale_e4m3(block_amax, input_scale, underflow) * input_scale
+    q = round_e2m1(blocks.abs() / step)
+    return torch.where(step == 0, 0.0, q * step)  # a flushed block is zero, not 0 / 0
+
+
 def fake_quantize_reference(
     x: torch.Tensor, input_scale: torch.Tensor, underflow: Underflow, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """The oracle of every other backend: PyTorch, float32 arithmetic, one line per rule."""
+    """The oracle of every other backend: PyTorch, float32 arithmetic, one line per rule.
+
+    ``input_scale`` is one scale, or one a block as [blocks, 1].
+    """
     blocks = x.to(torch.float32).reshape(-1, BLOCK_SIZE)
     block_amax = blocks.abs().amax(dim=-1, keepdim=True)
-    step = block_scale_e4m3(block_amax, input_scale, underflow) * input_scale
-    q = round_e2m1(blocks.abs() / step)
-    y = torch.where(step == 0, 0.0, q * step)  # a flushed block is zero, not 0 / 0
+    y = _magnitudes(blocks, block_amax, input_scale, underflow)
+    return torch.copysign(y, blocks).reshape(x.shape).to(out_dtype)
+
+
+def four_over_six_reference(
+    x: torch.Tensor, input_scale: torch.Tensor, underflow: Underflow, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """Four Over Six: each block's amax goes to 6 or to 4, whichever has the lower squared error.
+
+    Scaling to 4 is a block scale 1.5 times as large; ties keep 6. Which one is lower depends on all
+    16 elements together, so no histogram of single elements holds this error. ``input_scale`` is
+    that of ``FOUR_OVER_SIX_ROOM * amax``. Arguments as ``fake_quantize_reference``; source:
+    Cook et al., arXiv 2512.02010, and their PyTorch reference, rule ``mse``.
+    """
+    blocks = x.to(torch.float32).reshape(-1, BLOCK_SIZE)
+    block_amax = blocks.abs().amax(dim=-1, keepdim=True)
+    six, four = (
+        _magnitudes(blocks, stretch * block_amax, input_scale, underflow) for stretch in (1.0, 1.5)
+    )
+    error_six, error_four = (
+        (y - blocks.abs()).double().square().sum(-1, keepdim=True) for y in (six, four)
+    )
+    y = torch.where(error_four < error_six, four, six)
     return torch.copysign(y, blocks).reshape(x.shape).to(out_dtype)
 
 

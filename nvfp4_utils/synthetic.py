@@ -2,15 +2,18 @@
 # Copyright The NVFP4 Calibration Book authors
 """The published study's synthetic experiment: SNR against calibration size, seven distributions.
 
-    python -m nvfp4_utils.synthetic
+    python -m nvfp4_utils.synthetic                                  # the table, two CPU cores
+    python -m nvfp4_utils.synthetic --replicates 12 --device cuda    # and the spread over other seeds
 
-writes the table at full size to ``results/synthetic``: about two minutes on two CPU cores.
+write to ``results/synthetic``.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,12 +21,14 @@ import torch
 from tqdm.auto import tqdm
 
 from . import distributions, policies
+from .distributions import ROW
 from .quantize import UNDERFLOWS, input_scale_from_amax
 from .results import ROOT, provenance
-from .statistics import ActivationStatistics
+from .statistics import CODE_BITS, ActivationStatistics, Marginals
 
 TEST_SEED, TEST_ELEMENTS = 12345, 2**20
 CALIBRATION_SEED = 100
+PERCENTILES = (99.0, 99.9, 99.99)
 PUBLISHED = ROOT / "results" / "published" / "published_results.json"
 STORED = ROOT / "results" / "synthetic"
 
@@ -38,60 +43,110 @@ def published() -> dict:
     return json.loads(PUBLISHED.read_text())
 
 
-def amax_of(name: str, n: int, seed: int, device: str = "cpu") -> float:
-    """Amax of one calibration sample."""
+def calibration_amaxes(name: str, n: int, seed: int, device: str = "cpu") -> dict[str, float]:
+    """The calibrated amax of every policy of the study from one calibration sample of n elements."""
     sample = distributions.sample(name, n, seed, device=device)
-    return float(sample.view(torch.int16).bitwise_and_(0x7FFF).max().view(torch.bfloat16))
+    counts = torch.bincount(sample.view(torch.int16).bitwise_and_(0x7FFF), minlength=2**CODE_BITS)
+    codes = counts.nonzero().view(-1)
+    parts = codes.cpu(), counts[codes].cpu()
+    marginals = Marginals(torch.bfloat16, *parts, *parts)  # one block level, never read
+    return {"amax": marginals.amax} | {f"p{p:g}": marginals.percentile(p) for p in PERCENTILES}
 
 
-def test_statistics(name: str, device: str = "cpu") -> ActivationStatistics:
-    """The study's test tensor of a distribution: 2**20 elements as rows of 1024."""
-    sample = distributions.sample(name, TEST_ELEMENTS, TEST_SEED, "test", device)
-    return ActivationStatistics.from_tensor(sample.view(-1, 1024))
+def test_statistics(name: str, device: str = "cpu", seed: int = TEST_SEED) -> ActivationStatistics:
+    """The study's test tensor of a distribution: 2**20 elements as rows of 1024.
+
+    The study does not say which ten channels ``per_channel_outlier`` scales: another seed than its
+    own also places them at random.
+    """
+    sample = distributions.sample(name, TEST_ELEMENTS, seed, "test", device).view(-1, ROW)
+    if name == "per_channel_outlier" and seed != TEST_SEED:
+        order = torch.randperm(ROW, generator=torch.Generator().manual_seed(seed))
+        sample = sample[:, order.to(sample.device)]
+    return ActivationStatistics.from_tensor(sample)
 
 
 def study_table(
-    *, max_calibration: int = 2**25, seeds: int = 3, device: str = "cpu", progress: bool = True
-) -> pd.DataFrame:
-    """Amax calibration at every size on every distribution.
+    *, max_calibration: int = 2**25, seeds: int = 3, device: str = "cpu", progress: bool = True,
+    replicate: int = 0, percentiles: bool = True,
+) -> pd.DataFrame:  # fmt: skip
+    """Every policy at every calibration size on every distribution.
 
-    Columns: distribution, n, amax (mean over seeds), snr_db_flush, snr_db_floor (of the MSE
-    averaged over seeds, as the study did), oracle_db (flush), published_db (NaN where none).
+    Columns: distribution, n, policy, amax (calibrated, mean over seeds), snr_db_flush, snr_db_floor
+    (of the MSE averaged over seeds, as the study did), oracle_db (flush), published_db (NaN where
+    none). ``replicate`` 0 has the study's seeds; any other repeats it with seeds of its own.
     """
     reference = published()["synthetic"]
     rows = []
-    for name in tqdm(distributions.DISTRIBUTIONS, desc="synthetic", disable=not progress):
-        test = test_statistics(name, device)
+    bar = tqdm(distributions.DISTRIBUTIONS, desc="synthetic", disable=not progress)
+    for name in bar:
+        test = test_statistics(name, device, TEST_SEED + replicate)
         oracle = test.snr_db(input_scale_from_amax(policies.oracle(test)))
         for n in sizes(max_calibration):
-            amaxes = [amax_of(name, n, CALIBRATION_SEED + s, device) for s in range(seeds)]
-            scales = input_scale_from_amax(torch.tensor(amaxes, dtype=torch.float64))
-            snr = [10 * np.log10(test.signal_power / test.mse(scales, u).mean()) for u in UNDERFLOWS]
+            first = CALIBRATION_SEED + 1000 * replicate
+            samples = [calibration_amaxes(name, n, first + s, device) for s in range(seeds)]
             known = dict(zip(reference["n_calib"], reference["snr_db"][name], strict=True))
-            rows.append((name, n, np.mean(amaxes), *snr, oracle, known.get(n, np.nan)))
-    columns = ["distribution", "n", "amax", *(f"snr_db_{u}" for u in UNDERFLOWS), "oracle_db",
+            for policy in samples[0] if percentiles else ("amax",):
+                amaxes = torch.tensor([s[policy] for s in samples], dtype=torch.float64)
+                scales = input_scale_from_amax(amaxes)
+                snr = [10 * np.log10(test.signal_power / test.mse(scales, u).mean())
+                       for u in UNDERFLOWS]  # fmt: skip
+                cited = known.get(n, np.nan) if policy == "amax" else np.nan
+                rows.append((name, n, policy, float(amaxes.mean()), *snr, oracle, cited))
+    columns = ["distribution", "n", "policy", "amax", *(f"snr_db_{u}" for u in UNDERFLOWS), "oracle_db",
                "published_db"]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
 
 
-def stored_table() -> pd.DataFrame:
-    """The full-size table of ``results/synthetic``."""
-    return pd.read_parquet(STORED / "study.parquet")
+def replicates(count: int, *, device: str = "cpu") -> pd.DataFrame:
+    """The whole experiment ``count`` times with other seeds: what a difference by chance looks like.
+
+    Columns: distribution, n, replicate, snr_db_flush, snr_db_floor, oracle_db; amax policy.
+    """
+    tables = [
+        study_table(device=device, replicate=r, percentiles=False, progress=False).assign(replicate=r)
+        for r in tqdm(range(1, count + 1), desc="replicates")
+    ]
+    columns = ["distribution", "n", "replicate", "snr_db_flush", "snr_db_floor", "oracle_db"]
+    return pd.concat(tables, ignore_index=True)[columns]
 
 
-def stored_info() -> dict:
-    """Where ``stored_table`` came from."""
-    return json.loads((STORED / "study.json").read_text())
+def stored_table(policy: str | None = "amax") -> pd.DataFrame:
+    """The full-size table of ``results/synthetic``, of one policy or (None) of all."""
+    table = pd.read_parquet(STORED / "study.parquet")
+    return table if policy is None else table[table.policy == policy].drop(columns="policy")
+
+
+def stored_replicates() -> pd.DataFrame:
+    """The repetitions with other seeds."""
+    return pd.read_parquet(STORED / "replicates.parquet")
+
+
+def stored_info(name: str = "study") -> dict:
+    """Where ``stored_table`` (or "replicates") came from."""
+    return json.loads((STORED / f"{name}.json").read_text())
+
+
+def _store(table: pd.DataFrame, folder: Path, name: str, seconds: float, **parameters) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(folder / f"{name}.parquet", index=False)
+    info = provenance(test_seed=TEST_SEED, calibration_seed=CALIBRATION_SEED, **parameters)
+    (folder / f"{name}.json").write_text(json.dumps(info | {"seconds": round(seconds, 1)}, indent=1))
 
 
 def main() -> None:
-    STORED.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--replicates", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=STORED)
+    a = parser.parse_args()
     began = time.perf_counter()
-    table = study_table()
-    info = provenance(test_seed=TEST_SEED, calibration_seed=CALIBRATION_SEED, seeds=3)
-    info["seconds"] = round(time.perf_counter() - began, 1)
-    table.to_parquet(STORED / "study.parquet", index=False)
-    (STORED / "study.json").write_text(json.dumps(info, indent=1))
+    table = study_table(device=a.device)
+    _store(table, a.out, "study", time.perf_counter() - began, seeds=3)
+    if a.replicates:
+        began = time.perf_counter()
+        table = replicates(a.replicates, device=a.device)
+        _store(table, a.out, "replicates", time.perf_counter() - began, seeds=3, count=a.replicates)
 
 
 if __name__ == "__main__":

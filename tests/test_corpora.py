@@ -175,7 +175,7 @@ def test_messages_go_through_the_chat_template(small, tokenizer):
 def test_a_tool_turn_speaks_for_the_user_when_there_is_none(tokenizer):
     stream = FOLDER_STREAMS["swe"]
     messages = [{"role": "assistant", "content": "ls"}, {"role": "tool", "content": "x"}]
-    [(_, text)] = corpora._texts([{"id": "0", "messages": messages}], stream, tokenizer)
+    [(_, text, _)] = corpora._texts([{"id": "0", "messages": messages}], stream, tokenizer)
     assert text == f"[assistant] ls\n[user] x\n{EOS}"
 
 
