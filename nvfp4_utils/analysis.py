@@ -43,8 +43,7 @@ def policy_snr(run: Run, mix: str, underflow: str, calibration: str | None = Non
     """
     errors = run.errors(mix)
     errors = errors[(errors.underflow == underflow)]
-    wanted = errors.calibration.isin([calibration or mix, "test"])
-    errors = errors[wanted & (errors.policy != "dynamic")]
+    errors = errors[errors.calibration.isin([calibration or mix, "test"])]
     groups = run.groups(mix)
     rows = []
     for site, table in errors.groupby("site", observed=True, sort=False):

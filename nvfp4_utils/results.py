@@ -63,8 +63,9 @@ def sha256_of(path: Path) -> str:
 class Run:
     """A captured run: ``Run()`` is the stored reference, ``Run("name")`` one in ``runs/``.
 
-    Tables (pandas): ``sequences(mix)``, ``groups(mix)``, ``curves(mix)``, ``errors(mix)``;
-    ``marginals(mix, site, pool)`` and ``joint(mix, site)`` give statistics.
+    Tables (pandas): ``sequences(mix)``, ``subsets(mix)``, ``groups(mix)``, ``curves(mix)``,
+    ``errors(mix)``, ``windows(mix)``; ``marginals(mix, site, pool)`` and ``joint(mix, site)`` give
+    statistics.
 
     Raises
     ------
@@ -84,6 +85,7 @@ class Run:
         self.sites: list[str] = self.info["sites"]
         self.featured: list[str] = self.info["featured"]
         self.featured_mix: str = self.info["featured_mixes"][0]
+        self.window_mixes: list[str] = self.info["window_mixes"]
         self.model_name: str = self.info["model_name"]
 
     def test_sequences(self, mix: str) -> int:
@@ -109,12 +111,23 @@ class Run:
         return self._table(mix, "groups")
 
     def curves(self, mix: str) -> pd.DataFrame:
-        """site, calibrated_amax, mse_flush, mse_floor over the whole test pool."""
+        """site, calibrated_amax, mse_flush, mse_floor, mse_flush_bf16 over the whole test pool."""
         return self._table(mix, "curves")
 
     def errors(self, mix: str) -> pd.DataFrame:
         """site, calibration, policy, underflow, calibrated_amax, group, mse on ``mix``'s test."""
         return self._table(mix, "errors")
+
+    def subsets(self, mix: str) -> pd.DataFrame:
+        """site, draw, n, policy, calibrated_amax, mse_flush, mse_floor: nested calibration subsets."""
+        return self._table(mix, "subsets")
+
+    def windows(self, mix: str) -> pd.DataFrame:
+        """site, window, signal_power, and the MSE of each ``"policy convention"`` on 256 tokens.
+
+        Only of ``window_mixes``.
+        """
+        return self._table(mix, "windows")
 
     def marginals(self, mix: str, site: str, pool: str = "calibration") -> Marginals:
         """Element and block-amax marginal of a pool at a site."""

@@ -158,7 +158,7 @@ class WindowErrors:
 
 
 def window_group_errors(
-    windows: pd.DataFrame, calibrations: dict[str, dict[str, float]], mix: str, windows_a_group: int
+    windows: pd.DataFrame, calibrations: dict, mix: str, windows_a_group: int
 ) -> pd.DataFrame:
     """Rows like ``group_errors`` for the two policies that only ``WindowErrors`` can score."""
     tables = []

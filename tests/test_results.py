@@ -18,13 +18,18 @@ transformers = pytest.importorskip("transformers")
 from nvfp4_utils import analysis, corpora, fake_quantize, input_scale_from_amax, results  # noqa: E402
 from nvfp4_utils.capture import SITES, hooked  # noqa: E402
 from nvfp4_utils.capture_run import capture_run  # noqa: E402
-from nvfp4_utils.quantize import UNDERFLOWS  # noqa: E402
+from nvfp4_utils.quantize import (  # noqa: E402
+    UNDERFLOWS,
+    fake_quantize_reference,
+    four_over_six_reference,
+)
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "models" / "reference"
-SETTINGS = {"calibration": 8, "test": 4, "length": 32, "group": 4, "test_group": 2, "batch": 4}
+SETTINGS = {"calibration": 8, "test": 4, "length": 32, "group": 4, "test_group": 2, "batch": 4,
+            "draws": 2}  # fmt: skip
 SECOND = "documentation-only"
 MIXES = [corpora.EMBEDDED_MIX, SECOND]
-POLICIES = {"amax", "p99", "p99.9", "p99.99", "p99.999", "headroom", "constant"}
+POLICIES = {"amax", "p99", "p99.9", "p99.99", "p99.999", "headroom", "constant", "mse"}
 
 
 def raises(kind, message):
@@ -51,7 +56,8 @@ def runs(tmp_path_factory):
         )  # fmt: skip
         transformers.Qwen3_5ForCausalLM(config).bfloat16().save_pretrained(folder / "model")
         transformers.AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / "model")
-        capture_run(str(folder / "model"), MIXES, folder / "tiny", commit="none", **SETTINGS)
+        capture_run(str(folder / "model"), MIXES, folder / "tiny", commit="none", window_mixes=1,
+                    **SETTINGS)  # fmt: skip
         yield folder
     torch.set_num_threads(threads)
 
@@ -81,10 +87,11 @@ def test_a_run_holds_every_site_policy_and_group(run):
     assert run.mixes == MIXES and len(run.sites) == 8
     for mix in MIXES:
         errors = run.errors(mix)
-        calibrated = errors[errors.calibration != "test"]
+        calibrated = errors[(errors.calibration != "test") & (errors.policy != "four-over-six")]
         assert set(calibrated.policy) == POLICIES and set(calibrated.calibration) == set(MIXES)
         assert set(errors[errors.calibration == "test"].policy) == {"oracle", "dynamic"}
-        assert len(errors) == 8 * len(UNDERFLOWS) * (2 * len(POLICIES) + 2) * 2
+        assert set(errors[errors.policy == "four-over-six"].calibration) == {mix}
+        assert len(errors) == 8 * len(UNDERFLOWS) * (2 * len(POLICIES) + 3) * 2
         assert np.isfinite(errors.mse).all() and (errors.mse > 0).all()
         groups = run.groups(mix)
         assert set(groups["group"]) == {0, 1} and len(groups) == 16
@@ -100,18 +107,47 @@ def test_a_run_holds_every_site_policy_and_group(run):
             assert m.count == 8 * 32 * width
     assert {p.name for p in (run.path / MIXES[0]).iterdir()} == {
         "policies.parquet", "errors.parquet", "groups.parquet", "curves.parquet",
-        "marginals.parquet", "sequences.parquet", *(f"joint.{s}.parquet" for s in run.featured),
+        "marginals.parquet", "sequences.parquet", "subsets.parquet", "windows.parquet",
+        *(f"joint.{s}.parquet" for s in run.featured),
     }  # fmt: skip
 
 
-def test_stored_errors_equal_direct_evaluation(run, test_activations):
+def direct_error(x: torch.Tensor, row) -> float:
+    """Mean squared error of one table row, from the activations [sequences, tokens, width]."""
+    if row.policy == "dynamic":
+        amaxes = [sequence.abs().max().item() for sequence in x]
+    else:
+        amaxes = [row.calibrated_amax] * len(x)
+    parts = []
+    for sequence, amax in zip(x, amaxes, strict=True):
+        scale = torch.tensor(input_scale_from_amax(amax))
+        quantize = four_over_six_reference if row.policy == "four-over-six" else fake_quantize_reference
+        y = quantize(sequence, scale, row.underflow, torch.float32)
+        parts.append((y.double() - sequence.double()).square().mean().item())
+    return float(np.mean(parts))
+
+
+def test_three_random_cells_of_each_kind_equal_direct_evaluation(run, test_activations):
     errors = run.errors(MIXES[0])
-    for i in random.Random(0).sample(range(len(errors)), 3):
-        row = errors.iloc[i]
-        x = test_activations[row.site][2 * row.group : 2 * row.group + 2]
-        y = fake_quantize(x, input_scale_from_amax(row.calibrated_amax), underflow=row.underflow,
-                          out_dtype=torch.float32)  # fmt: skip
-        assert row.mse == pytest.approx((y.double() - x.double()).square().mean().item(), rel=1e-12)
+    alone = errors.policy.isin(["dynamic", "four-over-six"])
+    for table in (errors[~alone], errors[alone]):
+        for i in random.Random(0).sample(range(len(table)), 3):
+            row = table.iloc[i]
+            x = test_activations[row.site][2 * row.group : 2 * row.group + 2]
+            assert row.mse == pytest.approx(direct_error(x, row), rel=1e-12)
+    subsets = run.subsets(MIXES[0])
+    for i in random.Random(1).sample(range(len(subsets)), 3):
+        row = subsets.iloc[i]
+        x = test_activations[row.site]
+        y = fake_quantize(x, input_scale_from_amax(row.calibrated_amax), out_dtype=torch.float32)
+        assert row.mse_flush == pytest.approx(
+            (y.double() - x.double()).square().mean().item(), rel=1e-12
+        )
+    windows = run.windows(MIXES[0])
+    own = errors[(errors.policy == "headroom") & (errors.calibration == MIXES[0])]
+    own = own[own.underflow == "flush"].groupby("site", observed=True).mse.mean()
+    by_window = windows.groupby("site", observed=True)["headroom flush"].mean()
+    np.testing.assert_allclose(by_window[own.index], own, rtol=1e-12)
     groups = run.groups(MIXES[0])
     row = groups.iloc[5]
     x = test_activations[row.site][2 * row.group : 2 * row.group + 2].double()
@@ -122,8 +158,10 @@ def test_stored_errors_equal_direct_evaluation(run, test_activations):
 def test_the_oracle_is_the_lowest_on_the_whole_pool(run):
     for underflow in UNDERFLOWS:
         table = analysis.policy_snr(run, MIXES[0], underflow)
-        assert set(table.policy) == POLICIES | {"oracle"} and len(table) == 8 * 8
-        assert (table.gap_db > -1e-3).all()
+        assert set(table.policy) == POLICIES | {"oracle", "dynamic", "four-over-six"}
+        assert len(table) == 8 * 11
+        one_scale = table[~table.policy.isin(["dynamic", "four-over-six"])]
+        assert (one_scale.gap_db > -1e-3).all()
         assert (table.low <= table.snr_db).all() and (table.snr_db <= table.high).all()
 
 
@@ -160,7 +198,7 @@ def test_an_incomplete_run_resumes_to_the_same_bytes(runs):
     shutil.copytree(runs / "tiny", again)
     (again / "run.json").unlink()
     (again / SECOND / "errors.parquet").unlink()
-    capture_run(str(runs / "model"), MIXES, again, commit="none", **SETTINGS)
+    capture_run(str(runs / "model"), MIXES, again, commit="none", window_mixes=1, **SETTINGS)
     assert contents(again) == contents(runs / "tiny")
     first, second = (json.loads((runs / n / "run.json").read_text()) for n in ("tiny", "again"))
     for info in (first, second):
