@@ -34,7 +34,9 @@ POLICY_STYLE = {
     "p99.999": Style("p99.999", "#CC79A7", ">", "--"),
     "headroom": Style("headroom", "#009E73", "s"),
     "constant": Style("constant", "#56B4E9", "D", "-."),
+    "mse": Style("mse", "#332288", "h"),
     "dynamic": Style("dynamic", "#999999", "P", "-."),
+    "four-over-six": Style("four-over-six", "#8B4513", "X"),
     "oracle": Style("oracle", "#000000", "*"),
 }
 UNDERFLOW_STYLE = {
@@ -100,9 +102,10 @@ def prose(text: str) -> None:
     _display("Markdown", text)
 
 
-def table(frame: pd.DataFrame, *, caption: str, digits: int = 2) -> None:
-    """Display a table with a caption; floats rounded to ``digits``."""
-    body = frame.to_html(float_format=lambda v: f"{v:.{digits}f}", border=0, classes="table", na_rep="–")
+def table(frame: pd.DataFrame, *, caption: str, digits: int = 2, significant: bool = False) -> None:
+    """Display a table with a caption; floats to ``digits`` decimals, or significant digits."""
+    style = f".{digits}{'g' if significant else 'f'}"
+    body = frame.to_html(float_format=lambda v: f"{v:{style}}", border=0, classes="table", na_rep="–")
     _display("HTML", f'<div style="overflow-x:auto">{body}</div><p><em>{caption}</em></p>')
 
 

@@ -111,7 +111,10 @@ class Run:
         return self._table(mix, "groups")
 
     def curves(self, mix: str) -> pd.DataFrame:
-        """site, calibrated_amax, mse_flush, mse_floor, mse_flush_bf16 over the whole test pool."""
+        """site, calibrated_amax, mse_flush, mse_floor over the whole test pool.
+
+        Of ``window_mixes`` also mse_flush_bf16, for a bfloat16 output.
+        """
         return self._table(mix, "curves")
 
     def errors(self, mix: str) -> pd.DataFrame:

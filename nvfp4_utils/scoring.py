@@ -62,15 +62,15 @@ def curve_amaxes(statistics: ActivationStatistics) -> np.ndarray:
     return np.concatenate([dense, statistics.amax * 2 ** steps[1:]])
 
 
-def curve_table(site: str, total: ActivationStatistics) -> pd.DataFrame:
-    """MSE of the pool along ``curve_amaxes``; ``mse_flush_bf16`` is that of a bfloat16 output."""
+def curve_table(site: str, total: ActivationStatistics, bf16: bool) -> pd.DataFrame:
+    """MSE of the pool along ``curve_amaxes``; with ``bf16`` also ``mse_flush_bf16``, of that output."""
     amaxes = curve_amaxes(total)
     scales = scales_of(amaxes)
-    return pd.DataFrame(
-        {"site": site, "calibrated_amax": amaxes}
-        | {f"mse_{u}": total.mse(scales, u) for u in UNDERFLOWS}
-        | {"mse_flush_bf16": total.mse(scales, "flush", out_dtype=torch.bfloat16)}
-    )
+    columns = {"site": site, "calibrated_amax": amaxes}
+    columns |= {f"mse_{u}": total.mse(scales, u) for u in UNDERFLOWS}
+    if bf16:
+        columns["mse_flush_bf16"] = total.mse(scales, "flush", out_dtype=torch.bfloat16)
+    return pd.DataFrame(columns)
 
 
 def group_errors(

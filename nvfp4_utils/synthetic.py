@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from . import distributions, policies
 from .distributions import ROW
-from .quantize import UNDERFLOWS, input_scale_from_amax
+from .quantize import UNDERFLOWS, Underflow, input_scale_from_amax
 from .results import ROOT, provenance
 from .statistics import CODE_BITS, ActivationStatistics, Marginals
 
@@ -115,6 +115,26 @@ def stored_table(policy: str | None = "amax") -> pd.DataFrame:
     """The full-size table of ``results/synthetic``, of one policy or (None) of all."""
     table = pd.read_parquet(STORED / "study.parquet")
     return table if policy is None else table[table.policy == policy].drop(columns="policy")
+
+
+def unseen_outliers(growth: float, underflow: Underflow = "flush") -> dict[str, float]:
+    """MSE on N(0, 1) of which one row in five is ``growth`` times larger than calibration saw.
+
+    Calibrated by amax ("bmax_anchor") and headroom ("bmin_anchor") on N(0, 1), and the oracle. The
+    fifth is inferred: the published oracle errors are ``0.8 + 0.2 growth**2`` times the first.
+    """
+    seen = distributions.sample("rare_giant_spike", TEST_ELEMENTS, CALIBRATION_SEED, "test")
+    test = (
+        distributions.sample("rare_giant_spike", TEST_ELEMENTS, TEST_SEED, "test").view(-1, ROW).clone()
+    )
+    test[::5] *= growth
+    calibration, statistics = (ActivationStatistics.from_tensor(x.view(-1, ROW)) for x in (seen, test))
+    amaxes = {
+        "bmax_anchor": policies.amax(calibration),
+        "bmin_anchor": policies.headroom(calibration),
+        "oracle": policies.oracle(statistics, underflow),
+    }
+    return {k: statistics.mse(input_scale_from_amax(a), underflow) for k, a in amaxes.items()}
 
 
 def stored_replicates() -> pd.DataFrame:
