@@ -14,8 +14,10 @@ import pandas as pd
 from .results import Run
 
 DRAWS = 2000
+# Policies that are not one scale for the plain quantizer: dynamic has a scale a sequence, Four Over Six
+# chooses between two block scales. They lie on no curve, and may beat the oracle of one scale.
+NOT_ONE_SCALE = ("dynamic", "four-over-six")
 KINDS = ("attention_input", "o_proj_input", "mlp_input", "down_proj_input")
-POLICIES = ("amax", "p99", "p99.9", "p99.99", "p99.999", "headroom", "constant", "oracle")
 
 
 def db(ratio):
@@ -103,6 +105,27 @@ def size_curve(
                      *np.quantile(snr, (0.05, 0.95))))  # fmt: skip
     return pd.DataFrame(rows, columns=["n", "amax", "amax_low", "amax_high", "snr_db", "snr_low",
                                        "snr_high"])  # fmt: skip
+
+
+def subset_curves(run: Run, mix: str) -> pd.DataFrame:
+    """Distance to the oracle against calibration size, by policy: mean over sites and nested draws.
+
+    Columns: policy, n, gap_flush, gap_floor (dB), draws. Exact: every subset's scale is scored on the
+    whole test pool.
+    """
+    table = run.subsets(mix)
+    columns = {"draws": table.draw.nunique()}
+    errors = run.errors(mix)
+    counts = run.groups(mix).set_index(["site", "group"])["count"]
+    for convention in ("flush", "floor"):
+        oracle = errors[(errors.policy == "oracle") & (errors.underflow == convention)]
+        oracle = oracle.set_index(["site", "group"]).mse
+        best = (oracle * counts).groupby("site", observed=True).sum()
+        best = best / counts.groupby("site", observed=True).sum()
+        columns[f"gap_{convention}"] = db(table[f"mse_{convention}"] / best[table.site].to_numpy())
+    gaps = table.assign(**columns)
+    names = ["gap_flush", "gap_floor", "draws"]
+    return gaps.groupby(["policy", "n"], observed=True)[names].mean().reset_index()
 
 
 def cross_matrix(run: Run, policy: str = "amax", underflow: str = "flush") -> pd.DataFrame:

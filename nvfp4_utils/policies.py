@@ -28,6 +28,10 @@ from .statistics import ActivationStatistics, Marginals, codes_to_values
 E4M3_NORMAL_RANGE = E4M3_MAX / E4M3_MIN_NORMAL  # 28672
 ANCHOR_FLOOR = 1e6  # blocks this far under the upper anchor count as zero
 OCTAVE_POINTS = 128  # of the oracle's grid
+# The error jumps where a block scale passes an E4M3 midpoint, and its minimum often lies at a jump. A
+# midpoint has 5 significant bits and a bfloat16 block amax 8, so at 448 times a number of 4 bits or
+# fewer, block amaxes of many values jump together: both sides of those, within one octave.
+EDGES = (E4M3_MAX / 256 * np.arange(8, 16)[:, None] / 8 * [1 - 2**-18, 1 + 2**-18]).ravel()
 MANY_ROWS = 512  # distinct block amaxes from which the oracle looks at octaves coarsely first
 
 Statistics: TypeAlias = ActivationStatistics | Marginals
@@ -131,7 +135,7 @@ def oracle(
     the best error are out. From above, the search ends where every block has underflowed. Between
     ``B_max`` and ``28672 B_min`` doubling the scale changes no bit, so one octave stands for all.
     The grid has 128 points an octave, where a statistic of many block amaxes first narrows the
-    octaves at 16; the best points are refined twice.
+    octaves at 16, and both sides of ``EDGES``; the best points are refined twice.
     """
     marginals = statistics.marginals
     blocks = codes_to_values(marginals.block_codes, marginals.dtype)
@@ -144,8 +148,10 @@ def oracle(
 
     def grid(octaves: Iterable[int], points: int) -> np.ndarray:
         """Log grid over octaves counted from the largest block amax, without repeated ones."""
-        exponents = np.concatenate([o + np.arange(points) / points for o in octaves])
-        amaxes = block_max * 2**exponents
+        octaves = np.array(list(octaves))
+        exponents = octaves[:, None] + np.arange(points) / points
+        first = np.exp2(np.floor(np.log2(block_max) + octaves))[:, None]
+        amaxes = np.concatenate([(block_max * 2**exponents).ravel(), (first * EDGES).ravel()])
         repeated = (amaxes > 2 * block_max) & (amaxes <= normal_end / 2)
         return amaxes[~repeated & (amaxes / AMAX_PER_SCALE < 2.0**123)]
 

@@ -150,8 +150,9 @@ def _shade(ax, edges, names, regimes=REGIMES) -> None:
 
 
 def policies_at(run: Run, mix: str, site: str, underflow: str) -> pd.DataFrame:
-    """Calibrated amax and SNR on the test pool of every policy at one site, calibrated on ``mix``."""
+    """Calibrated amax and test SNR of every one-scale policy at one site, calibrated on ``mix``."""
     errors, groups = run.errors(mix), run.groups(mix)
+    errors = errors[~errors.policy.isin(analysis.NOT_ONE_SCALE)]
     errors = errors[(errors.site == site) & (errors.underflow == underflow)]
     errors = errors[errors.calibration.isin([mix, "test"])]
     groups = groups[groups.site == site].set_index("group")
@@ -163,6 +164,27 @@ def policies_at(run: Run, mix: str, site: str, underflow: str) -> pd.DataFrame:
     ]
     table = pd.DataFrame(rows, columns=["policy", "calibrated_amax", "snr_db"])
     return table.assign(snr_db=analysis.db(table.snr_db))
+
+
+def clip_and_flush(run: Run, mix: str) -> pd.DataFrame:
+    """What each policy of ``mix`` saturates and flushes on the mix's own test pool, by site.
+
+    Columns: site, policy, saturated and underflow (share of the nonzero blocks), flushed_energy (share
+    of the pool's signal power that is at most lost with them: 16 block_amax**2 a block).
+    """
+    rows = []
+    amaxes = run.errors(mix)
+    amaxes = amaxes[(amaxes.calibration == mix) & (amaxes.underflow == "flush")]
+    amaxes = amaxes[~amaxes.policy.isin(analysis.NOT_ONE_SCALE)].drop_duplicates(["site", "policy"])
+    for row in amaxes.itertuples():
+        marginals = run.marginals(mix, row.site, "test")
+        shares = block_regimes(marginals, row.calibrated_amax)
+        values, counts = nonzero_blocks(marginals)
+        lost = values < row.calibrated_amax / UNDERFLOW_START
+        energy = (values[lost] ** 2 * counts[lost]).sum() * BLOCK_SIZE
+        rows.append((row.site, row.policy, shares["saturated"], shares["underflow"],
+                     energy / (marginals.signal_power * marginals.count)))  # fmt: skip
+    return pd.DataFrame(rows, columns=["site", "policy", "saturated", "underflow", "flushed_energy"])
 
 
 def draw_site(
