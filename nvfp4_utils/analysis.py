@@ -184,7 +184,7 @@ def paired_difference(run: Run, mix: str, base: str, policy: str, underflow: str
     the number of sites whose own interval lies above (``better``) or below zero (``worse``).
     """
     errors = run.errors(mix)
-    errors = errors[(errors.underflow == underflow) & (errors.calibration == mix)]
+    errors = errors[(errors.underflow == underflow) & errors.calibration.isin([mix, "test"])]
     groups = run.groups(mix)
     gains = []
     for site, table in errors.groupby("site", observed=True, sort=False):

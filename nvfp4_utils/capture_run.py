@@ -144,7 +144,7 @@ def _window_menu(calibrations: dict, oracle: dict, mix: str, window_mixes: list[
     own = calibrations[mix]
     menu = {scoring.DYNAMIC: np.nan, scoring.FOUR_OVER_SIX: own[scoring.FOUR_OVER_SIX]}
     if mix in window_mixes:
-        menu |= {p: own[p] for p in ("amax", "p99.9", "p99.99", "p99.999", "headroom", "mse")}
+        menu |= {p: own[p] for p in ("amax", "p99.99", "p99.999", "headroom", "mse", "aligned")}
         menu |= {f"amax of {m}": calibrations[m]["amax"] for m in window_mixes if m != mix}
     both = {(name, u): amax for name, amax in menu.items() for u in UNDERFLOWS}
     if mix in window_mixes:

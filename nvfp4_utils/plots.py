@@ -34,6 +34,7 @@ POLICY_STYLE = {
     "p99.999": Style("p99.999", "#CC79A7", ">", "--"),
     "headroom": Style("headroom", "#009E73", "s"),
     "constant": Style("constant", "#56B4E9", "D", "-."),
+    "aligned": Style("aligned headroom", "#117733", "p", "--"),
     "mse": Style("mse", "#332288", "h"),
     "dynamic": Style("dynamic", "#999999", "P", "-."),
     "four-over-six": Style("four-over-six", "#8B4513", "X"),

@@ -98,6 +98,25 @@ def headroom(
     return float(np.float32(max(rho * anchor, upper)))
 
 
+def aligned_headroom(statistics: ActivationStatistics, underflow: Underflow = "flush") -> float:
+    """Headroom, moved up within one octave to the scale of lowest MSE on these very statistics.
+
+    While block scales are normal the error repeats every octave, so the best place within the octave
+    can be had at headroom's distance from saturation as well as at the amax.
+    """
+    exponents = np.arange(OCTAVE_POINTS) / OCTAVE_POINTS
+    low = headroom(statistics)
+    amaxes = low * np.concatenate([2**exponents, _edges_above(low) / low])
+    scales = torch.as_tensor(input_scale_from_amax(torch.from_numpy(amaxes)))
+    return float(amaxes[statistics.mse(scales, underflow).argmin()])
+
+
+def _edges_above(low: float) -> np.ndarray:
+    """Both sides of the error's largest jumps in the octave above ``low``."""
+    edges = EDGES * 2.0 ** np.floor(np.log2(low / EDGES[0]))
+    return np.where(edges < low, 2 * edges, edges)
+
+
 def _exact_percentile(statistics: Statistics, p: float, above: float) -> float:
     return statistics.block_amax_percentile(p, above=above)
 
@@ -150,8 +169,8 @@ def oracle(
         """Log grid over octaves counted from the largest block amax, without repeated ones."""
         octaves = np.array(list(octaves))
         exponents = octaves[:, None] + np.arange(points) / points
-        first = np.exp2(np.floor(np.log2(block_max) + octaves))[:, None]
-        amaxes = np.concatenate([(block_max * 2**exponents).ravel(), (first * EDGES).ravel()])
+        edges = _edges_above(block_max) * 2.0 ** octaves[:, None]
+        amaxes = np.concatenate([(block_max * 2**exponents).ravel(), edges.ravel()])
         repeated = (amaxes > 2 * block_max) & (amaxes <= normal_end / 2)
         return amaxes[~repeated & (amaxes / AMAX_PER_SCALE < 2.0**123)]
 

@@ -38,10 +38,11 @@ def policy_amaxes(statistics: policies.Statistics) -> dict[str, float]:
 
 
 def calibrate(statistics: ActivationStatistics) -> dict[str, float]:
-    """The calibrated amax of every policy. ``mse`` minimizes the flush error on the calibration pool."""
+    """The calibrated amax of every policy; ``mse`` and ``aligned`` minimize the pool's flush error."""
     return policy_amaxes(statistics) | {
         "constant": policies.constant(statistics),
         "mse": policies.oracle(statistics, "flush"),
+        "aligned": policies.aligned_headroom(statistics, "flush"),
         FOUR_OVER_SIX: policies.four_over_six(statistics),
     }
 

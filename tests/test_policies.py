@@ -124,3 +124,30 @@ def test_octaves_searched_coarsely_hide_no_lower_error(underflow):
     best = s.mse(input_scale_from_amax(policies.oracle(s, underflow)), underflow)
     fine = s.amax * 2 ** (np.arange(-2 * 1280, 3 * 1280) / 1280)
     assert s.mse(input_scale_from_amax(torch.from_numpy(fine)), underflow).min() >= best * (1 - 1e-4)
+
+
+def test_the_oracle_finds_minima_at_jumps():
+    """Beside a dense search of two octaves and both sides of every jump of the error."""
+    for seed, cube in ((0, False), (1, True)):
+        x = torch.randn(512, 64, generator=torch.Generator().manual_seed(seed))
+        statistics = ActivationStatistics.from_tensor((x**3 if cube else x).bfloat16())
+        low = 2.0 ** math.floor(math.log2(statistics.amax))
+        mantissas, midpoints = np.arange(128, 256) / 128, np.arange(17, 33, 2) / 16
+        jumps = np.unique(1.75 * mantissas[:, None] / midpoints) * low
+        dense = np.concatenate(
+            [jumps * (1 - 2**-18), jumps * (1 + 2**-18), low * 2 ** (np.arange(4096) / 2048)]
+        )
+        best = statistics.mse(input_scale_from_amax(torch.from_numpy(dense))).min()
+        found = statistics.mse(input_scale_from_amax(policies.oracle(statistics)))
+        assert 10 * math.log10(found / best) < 2e-3
+
+
+def test_aligned_headroom_stays_within_an_octave_above_headroom_and_is_better():
+    x = torch.randn(512, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    statistics = ActivationStatistics.from_tensor(x)
+    low, found = policies.headroom(statistics), policies.aligned_headroom(statistics)
+    assert low <= found < 2 * low
+    plain, aligned = (statistics.mse(input_scale_from_amax(a)) for a in (low, found))
+    assert aligned <= plain
+    best = statistics.mse(input_scale_from_amax(policies.oracle(statistics)))
+    assert 10 * math.log10(aligned / best) < 0.02  # the octave holds the same minima

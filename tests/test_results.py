@@ -29,7 +29,7 @@ SETTINGS = {"calibration": 8, "test": 4, "length": 32, "group": 4, "test_group":
             "draws": 2}  # fmt: skip
 SECOND = "documentation-only"
 MIXES = [corpora.EMBEDDED_MIX, SECOND]
-POLICIES = {"amax", "p99", "p99.9", "p99.99", "p99.999", "headroom", "constant", "mse"}
+POLICIES = {"amax", "p99", "p99.9", "p99.99", "p99.999", "headroom", "constant", "mse", "aligned"}
 
 
 def raises(kind, message):
@@ -159,7 +159,7 @@ def test_the_oracle_is_the_lowest_on_the_whole_pool(run):
     for underflow in UNDERFLOWS:
         table = analysis.policy_snr(run, MIXES[0], underflow)
         assert set(table.policy) == POLICIES | {"oracle", "dynamic", "four-over-six"}
-        assert len(table) == 8 * 11
+        assert len(table) == 8 * 12
         one_scale = table[~table.policy.isin(["dynamic", "four-over-six"])]
         assert (one_scale.gap_db > -1e-3).all()
         assert (table.low <= table.snr_db).all() and (table.snr_db <= table.high).all()
