@@ -8,6 +8,8 @@ policies are paired, as both score the same groups.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import pandas as pd
 
@@ -36,6 +38,28 @@ def site_kind(site: str) -> str:
     return site.rsplit(".", 1)[-1]
 
 
+@lru_cache(maxsize=32)
+def pooled(run: Run, mix: str, underflow: str) -> dict[str, dict[tuple[str, str], np.ndarray]]:
+    """Per site, squared sums over ``mix``'s test pool (first entry) and over bootstrap draws of it.
+
+    Keys (calibration, policy), the oracle and dynamic under calibration "test", and ("", "signal").
+    One resample of test groups serves all sites and policies, as the same sequences pass through
+    them: so differences are paired.
+    """
+    errors = run.errors(mix)
+    errors = errors[errors.underflow == underflow]
+    groups = run.groups(mix)
+    result = {}
+    for site, table in errors.groupby("site", observed=True, sort=False):
+        g = groups[groups.site == site].sort_values("group")
+        weight = np.vstack([np.ones(len(g)), resamples(len(g))]) * g["count"].to_numpy()
+        wide = table.pivot_table(index="group", columns=["calibration", "policy"], values="mse",
+                                 observed=True).sort_index()  # fmt: skip
+        sums = dict(zip(wide.columns, (weight @ wide.to_numpy()).T, strict=True))
+        result[str(site)] = sums | {("", "signal"): weight @ g.signal_power.to_numpy()}
+    return result
+
+
 def policy_snr(run: Run, mix: str, underflow: str, calibration: str | None = None) -> pd.DataFrame:
     """SNR of every policy at every site on ``mix``'s test pool, and its distance to the oracle.
 
@@ -44,24 +68,16 @@ def policy_snr(run: Run, mix: str, underflow: str, calibration: str | None = Non
     ``calibration`` (default: the same mix).
     """
     errors = run.errors(mix)
-    errors = errors[(errors.underflow == underflow)]
-    errors = errors[errors.calibration.isin([calibration or mix, "test"])]
-    groups = run.groups(mix)
+    errors = errors[(errors.underflow == underflow) & (errors.group == 0)]
+    amaxes = errors.set_index(["site", "calibration", "policy"]).calibrated_amax.to_dict()
     rows = []
-    for site, table in errors.groupby("site", observed=True, sort=False):
-        g = groups[groups.site == site].sort_values("group")
-        weights = resamples(len(g)) * g["count"].to_numpy()
-        weight = np.vstack([g["count"].to_numpy(), weights])  # first row: the pool itself
-        signal = weight @ g.signal_power.to_numpy()
-        noise = {
-            policy: weight @ t.sort_values("group").mse.to_numpy()
-            for policy, t in table.groupby("policy", observed=True, sort=False)
-        }
-        amaxes = table.groupby("policy", observed=True, sort=False).calibrated_amax.first()
-        for policy in noise:
-            snr = db(signal / noise[policy])
-            gap = db(noise[policy] / noise["oracle"])
-            rows.append((site, policy, amaxes[policy], snr[0], *_interval(snr[1:]), gap[0],
+    for site, sums in pooled(run, mix, underflow).items():
+        oracle = sums["test", "oracle"]
+        for (source, policy), noise in sums.items():
+            if source not in (calibration or mix, "test"):
+                continue
+            snr, gap = db(sums["", "signal"] / noise), db(noise / oracle)
+            rows.append((site, policy, amaxes[site, source, policy], snr[0], *_interval(snr[1:]), gap[0],
                          *_interval(gap[1:])))  # fmt: skip
     return pd.DataFrame(rows, columns=["site", "policy", "calibrated_amax", "snr_db", "low", "high",
                                        "gap_db", "gap_low", "gap_high"])  # fmt: skip
@@ -136,18 +152,35 @@ def cross_matrix(run: Run, policy: str = "amax", underflow: str = "flush") -> pd
     """
     rows = []
     for test in run.mixes:
-        errors = run.errors(test)
-        errors = errors[(errors.policy == policy) & (errors.underflow == underflow)]
-        groups = run.groups(test)
-        for site, table in errors.groupby("site", observed=True, sort=False):
-            g = groups[groups.site == site].sort_values("group")
-            weight = np.vstack([np.ones(len(g)), resamples(len(g))]) * g["count"].to_numpy()
-            noise = {m: weight @ t.sort_values("group").mse.to_numpy()
-                     for m, t in table.groupby("calibration", observed=True, sort=False)}  # fmt: skip
+        for site, sums in pooled(run, test, underflow).items():
             for calibration in run.mixes:
-                loss = db(noise[calibration] / noise[test])
+                loss = db(sums[calibration, policy] / sums[test, policy])
                 rows.append((site, calibration, test, loss[0], *_interval(loss[1:])))
     return pd.DataFrame(rows, columns=["site", "calibration", "test", "loss_db", "low", "high"])
+
+
+def cross_mean(run: Run, policy: str = "amax", underflow: str = "flush") -> pd.DataFrame:
+    """``cross_matrix`` averaged over sites, with the interval of that mean: calibration, test, ..."""
+    rows = []
+    for test in run.mixes:
+        sites = pooled(run, test, underflow).values()
+        for calibration in run.mixes:
+            loss = np.mean([db(s[calibration, policy] / s[test, policy]) for s in sites], axis=0)
+            rows.append((calibration, test, loss[0], *_interval(loss[1:])))
+    return pd.DataFrame(rows, columns=["calibration", "test", "loss_db", "low", "high"])
+
+
+def subset_loss(run: Run, mix: str, n: int, underflow: str) -> float:
+    """Worst site's SNR loss (dB) of amax from about ``n`` sequences of ``mix`` against its whole pool.
+
+    Of the stored subsets, the size nearest to ``n``; mean over its draws.
+    """
+    table = run.subsets(mix)
+    table = table[table.policy == "amax"]
+    sizes = table.n.unique()
+    mse = table.groupby(["site", "n"], observed=True)[f"mse_{underflow}"].mean().unstack()
+    nearest = sizes[np.abs(np.log(sizes / n)).argmin()]
+    return float(db(mse[nearest] / mse[sizes.max()]).max())
 
 
 def size_curves(run: Run, mix: str, underflow: str = "flush", *, draws: int = 500) -> pd.DataFrame:
@@ -180,19 +213,12 @@ def sequences_needed(run: Run, mix: str, share: float = 0.9) -> dict[str, float]
 def paired_difference(run: Run, mix: str, base: str, policy: str, underflow: str) -> dict[str, float]:
     """How much SNR ``policy`` gains over ``base``: mean over sites with its 95 % interval.
 
-    One resample of test groups serves all sites, as the same sequences pass through them. Also
-    the number of sites whose own interval lies above (``better``) or below zero (``worse``).
+    Also the number of sites whose own interval lies above (``better``) or below zero (``worse``).
     """
-    errors = run.errors(mix)
-    errors = errors[(errors.underflow == underflow) & errors.calibration.isin([mix, "test"])]
-    groups = run.groups(mix)
     gains = []
-    for site, table in errors.groupby("site", observed=True, sort=False):
-        counts = groups[groups.site == site].sort_values("group")["count"].to_numpy()
-        weight = np.vstack([np.ones(len(counts)), resamples(len(counts))]) * counts
-        noise = [weight @ table[table.policy == p].sort_values("group").mse.to_numpy()
-                 for p in (base, policy)]  # fmt: skip
-        gains.append(db(noise[0] / noise[1]))
+    for sums in pooled(run, mix, underflow).values():
+        own = {p: noise for (source, p), noise in sums.items() if source in (mix, "test")}
+        gains.append(db(own[base] / own[policy]))
     gain = np.array(gains)  # [sites, 1 + draws]
     low, high = np.quantile(gain[:, 1:], (0.025, 0.975), axis=1)
     mean_low, mean_high = _interval(gain[:, 1:].mean(0))
