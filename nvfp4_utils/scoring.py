@@ -124,6 +124,11 @@ class WindowErrors:
 
     def count(self, site: str, x: torch.Tensor) -> None:
         """Score a batch [sequences, tokens, 16 k]; its sequences must arrive in order."""
+        # One sequence at a time keeps a CPU's temporaries in its cache.
+        for part in x.split(len(x) if x.is_cuda else 1):
+            self._count(site, part)
+
+    def _count(self, site: str, x: torch.Tensor) -> None:
         sequences, tokens, width = x.shape
         if tokens % self.window:
             raise ValueError(
