@@ -146,7 +146,8 @@ def advice(name: str = "") -> str:
         "them.",
         f"**Do not clip by element percentile:** p99.99 loses up to {n['p99.99_worst']:.1f} dB.",
         f"**To gain more than {n['searched']:.2f} dB, change the quantizer, not the scale:** "
-        f"four-over-six gains {n['four']:.2f} dB on average, at {n['four_sites']} of {n['sites']} sites.",
+        f"four-over-six gains {n['four']:.2f} dB on average, at {n['four_sites']} of {n['sites']} "
+        "sites.",
     )
     return "\n- ".join(points)
 
