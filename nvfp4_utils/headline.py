@@ -128,14 +128,18 @@ def advice(name: str = "") -> str:
     """What to set, Markdown, with the numbers that support it."""
     n = numbers(name)
     worst = n["cross_worst"]
+    elsewhere = ""
+    if n["mixes"] > 1:
+        elsewhere = (
+            f", and at most {worst['headroom']:.2f} dB lost on any other text, where amax loses up to "
+            f"{worst['amax']:.1f} dB"
+        )
     points = (
         "Between the largest block amax $B_{max}$ and $28672\\,B_{min}$ the error is the same at every "
         "scale, up to a ripple that repeats each octave.\n",
         "**Use the room above.** Amax sits at the lower end of that window: whatever lies beyond it "
         "saturates. `headroom` places the scale octaves higher. Measured: "
-        f"{n['headroom_gain']:+.3f} dB on the text it was calibrated on, and at most "
-        f"{worst['headroom']:.2f} dB lost on any other text, where amax loses up to "
-        f"{worst['amax']:.1f} dB.",
+        f"{n['headroom_gain']:+.3f} dB on the text it was calibrated on{elsewhere}.",
         f"**Do not fear the upper end.** At {n['closed']} of {n['sites']} sites some nearly empty block "
         "closes the window, but the first measurable harm (0.1 dB) begins "
         f"{n['harm_octaves']:.1f} octaves above the amax or later. Look at "
