@@ -29,7 +29,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test lab lint linkcheck capture clean
+.PHONY: help book test lab lint linkcheck capture results clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
@@ -59,6 +59,13 @@ capture: .venv/.book ## Capture statistics: MODEL=path-or-id DATASET=mix[,mix] R
 		{ echo 'usage: make capture MODEL=path-or-id DATASET=mix RUN=name' >&2; exit 2; }
 	$(BIN)/python -m nvfp4_utils.capture_run --model "$(MODEL)" --dataset "$(DATASET)" --run "$(RUN)" \
 		--calibration $(CALIBRATION) --test $(TEST)
+
+MIXES := open-sft-seven,open-news-instruct,open-chat-only,open-code-only,open-math-only,open-multilingual-only,open-chinese-only
+results: .venv/.book ## Capture what results/ holds again, into build/results: needs the corpora and a CUDA GPU
+	$(BIN)/python -m nvfp4_utils.capture_run --model models/reference --dataset $(MIXES) \
+		--calibration 1024 --test 256 --windows 2 --allow-shortfall --out build/results/reference
+	$(BIN)/python -m nvfp4_utils.synthetic --out build/results/synthetic
+	$(BIN)/python -m nvfp4_utils.synthetic --device cuda --replicates 12 --out build/results/synthetic/cuda
 
 clean: ## Delete what was built (runs/ and .venv stay)
 	rm -rf build
