@@ -3,9 +3,9 @@
 """The published study's synthetic experiment: SNR against calibration size, seven distributions.
 
     python -m nvfp4_utils.synthetic                                  # the table, two CPU cores
-    python -m nvfp4_utils.synthetic --replicates 12 --device cuda    # and the spread over other seeds
+    python -m nvfp4_utils.synthetic --replicates 12 --device cuda --out results/synthetic/cuda
 
-write to ``results/synthetic``.
+write to ``results/synthetic``: the table, and on a GPU also its spread over other seeds.
 """
 
 from __future__ import annotations
@@ -139,19 +139,19 @@ def unseen_outliers(growth: float, underflow: Underflow = "flush") -> dict[str, 
 
 def stored_replicates() -> pd.DataFrame:
     """The repetitions with other seeds."""
-    return pd.read_parquet(STORED / "replicates.parquet")
+    return pd.read_parquet(STORED / "cuda" / "replicates.parquet")
 
 
 def stored_info(name: str = "study") -> dict:
-    """Where ``stored_table`` (or "replicates") came from."""
+    """Where ``stored_table`` (or "cuda/study", "cuda/replicates") came from."""
     return json.loads((STORED / f"{name}.json").read_text())
 
 
-def _store(table: pd.DataFrame, folder: Path, name: str, seconds: float, **parameters) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(folder / f"{name}.parquet", index=False)
-    info = provenance(test_seed=TEST_SEED, calibration_seed=CALIBRATION_SEED, **parameters)
-    (folder / f"{name}.json").write_text(json.dumps(info | {"seconds": round(seconds, 1)}, indent=1))
+def _store(table: pd.DataFrame, a, name: str, seconds: float, **parameters) -> None:
+    a.out.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(a.out / f"{name}.parquet", index=False)
+    info = provenance(a.commit, test_seed=TEST_SEED, calibration_seed=CALIBRATION_SEED, **parameters)
+    (a.out / f"{name}.json").write_text(json.dumps(info | {"seconds": round(seconds, 1)}, indent=1))
 
 
 def main() -> None:
@@ -159,14 +159,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--replicates", type=int, default=0)
     parser.add_argument("--out", type=Path, default=STORED)
+    parser.add_argument("--commit", default=None)
     a = parser.parse_args()
     began = time.perf_counter()
     table = study_table(device=a.device)
-    _store(table, a.out, "study", time.perf_counter() - began, seeds=3)
+    _store(table, a, "study", time.perf_counter() - began, seeds=3)
     if a.replicates:
         began = time.perf_counter()
         table = replicates(a.replicates, device=a.device)
-        _store(table, a.out, "replicates", time.perf_counter() - began, seeds=3, count=a.replicates)
+        _store(table, a, "replicates", time.perf_counter() - began, seeds=3, count=a.replicates)
 
 
 if __name__ == "__main__":
