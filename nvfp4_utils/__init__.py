@@ -2,7 +2,7 @@
 # Copyright The NVFP4 Calibration Book authors
 """NVFP4 activation quantization: the quantizer, the sufficient statistic, policies and capture."""
 
-from . import corpora, distributions, plots, policies
+from . import corpora, distributions, mixes, plots, policies
 from .capture import capture
 from .quantize import fake_quantize, input_scale_from_amax
 from .statistics import ActivationStatistics, Marginals
@@ -15,6 +15,7 @@ __all__ = [
     "distributions",
     "fake_quantize",
     "input_scale_from_amax",
+    "mixes",
     "plots",
     "policies",
 ]

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from . import corpora, policies, scoring
 from .capture import SITES, SiteStatistics, capture, hooked
+from .mixes import EMBEDDED_MIX
 from .quantize import UNDERFLOWS
 from .results import REFERENCE, RUNS, Run, provenance, sha256_of
 from .statistics import Marginals
@@ -237,7 +238,7 @@ def default_featured(sites: list[str]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="models/reference", help="folder or hub id")
-    parser.add_argument("--dataset", default=corpora.EMBEDDED_MIX, help="mixes, comma-separated")
+    parser.add_argument("--dataset", default=EMBEDDED_MIX, help="mixes, comma-separated")
     parser.add_argument("--run", default="", help="name under runs/; empty: results/reference")
     parser.add_argument("--out", type=Path, default=None, help="another output folder")
     parser.add_argument("--corpora", type=Path, default=None, help="folder of *.jsonl.gz")

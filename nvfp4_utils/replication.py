@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from . import analysis, synthetic
-from .corpora import STAND_INS
+from .mixes import STAND_INS
 from .results import Run
 
 REPRODUCED = "reproduced"

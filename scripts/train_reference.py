@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from nvfp4_utils import corpora
+from nvfp4_utils.mixes import FOLDER_STREAMS
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "reference"
 CHAT_TEMPLATE = (
@@ -83,7 +84,7 @@ def train_tokenizer(folder: Path) -> None:
     """Byte-level BPE on the second half of each corpus, with ChatML special tokens."""
 
     def texts():
-        for stream in corpora.FOLDER_STREAMS.values():
+        for stream in FOLDER_STREAMS.values():
             records = list(corpora._folder_records(stream, folder))
             reserved = (stream.calibration_reserve + stream.test_reserve) * corpora.RESERVE_LENGTH
             if 2 * 4 * reserved > sum(len(str(record)) for record in records):

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nvfp4_utils import corpora
-from nvfp4_utils.corpora import FOLDER_STREAMS, MIXES, STAND_INS, Member, Stream, quotas, sequences
+from nvfp4_utils.corpora import sequences
+from nvfp4_utils.mixes import EMBEDDED_MIX, FOLDER_STREAMS, MIXES, STAND_INS, Member, Stream, quotas
 
 EOS = "<|end|>"
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
@@ -116,7 +117,7 @@ def test_the_hub_mixes_are_the_studys():
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_reserves_hold_a_mix_at_1024_and_256_but_for_the_small_sources(mix):
-    small = {"open-code-only", corpora.EMBEDDED_MIX}
+    small = {"open-code-only", EMBEDDED_MIX}
     calibration, test = quotas(1024, MIXES[mix]), quotas(256, MIXES[mix])
     fits = all(
         n <= s.calibration_reserve and t <= s.test_reserve
@@ -260,7 +261,7 @@ def read(small, tokenizer, mix="single", **arguments):
 
 
 def test_unknown_mixes_and_bad_counts_are_refused(small, tokenizer):
-    with raises(ValueError, f"unknown mix 'c4'. Known mixes: {', '.join(corpora.names())}."):
+    with raises(ValueError, f"unknown mix 'c4'. Known mixes: {', '.join(MIXES)}."):
         read(small, tokenizer, mix="c4")
     message = (
         "got calibration=0, test=0, length=32; expected counts of at least 0, not both 0, and a "

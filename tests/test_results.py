@@ -15,7 +15,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from nvfp4_utils import analysis, corpora, fake_quantize, input_scale_from_amax, results  # noqa: E402
+from nvfp4_utils import analysis, corpora, fake_quantize, input_scale_from_amax, mixes, results  # noqa: E402
 from nvfp4_utils.capture import SITES, hooked  # noqa: E402
 from nvfp4_utils.capture_run import capture_run  # noqa: E402
 from nvfp4_utils.quantize import (  # noqa: E402
@@ -28,7 +28,7 @@ TOKENIZER = Path(__file__).resolve().parents[1] / "models" / "reference"
 SETTINGS = {"calibration": 8, "test": 4, "length": 32, "group": 4, "test_group": 2, "batch": 4,
             "draws": 2}  # fmt: skip
 SECOND = "documentation-only"
-MIXES = [corpora.EMBEDDED_MIX, SECOND]
+MIXES = [mixes.EMBEDDED_MIX, SECOND]
 POLICIES = {"amax", "p99", "p99.9", "p99.99", "p99.999", "headroom", "constant", "mse", "aligned"}
 
 
@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("runs")
         patch.setattr(results, "RUNS", folder)
-        patch.setitem(corpora.MIXES, SECOND, corpora.MIXES[corpora.EMBEDDED_MIX][:1])
+        patch.setitem(mixes.MIXES, SECOND, mixes.MIXES[mixes.EMBEDDED_MIX][:1])
         patch.setenv("HF_HUB_OFFLINE", "1")
         torch.manual_seed(0)
         config = transformers.Qwen3_5TextConfig(
