@@ -67,6 +67,9 @@ results: .venv/.book ## Capture what results/ holds again, into build/results: n
 	$(BIN)/python -m nvfp4_utils.synthetic --out build/results/synthetic
 	$(BIN)/python -m nvfp4_utils.synthetic --device cuda --replicates 12 --out build/results/synthetic/cuda
 
+benchmark: .venv/.book ## Time kernels, capture and the CPU path into results/performance (CORPORA=folder: capture too)
+	$(BIN)/python -m nvfp4_utils.benchmark $(if $(CORPORA),--corpora "$(CORPORA)")
+
 clean: ## Delete what was built (runs/ and .venv stay)
 	rm -rf build
 

@@ -9,6 +9,7 @@ a joint histogram a group of sequences, and each sequence's amax.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,66 @@ class SiteStatistics:
     def total(self) -> ActivationStatistics:
         """The groups' sum."""
         return ActivationStatistics.merged(self.groups)
+
+
+class _Counter:
+    """One statistic, updated at once; bfloat16 on a CUDA device has ``DeviceCounter`` instead."""
+
+    def __init__(self) -> None:
+        self.statistics = ActivationStatistics()
+
+    def add(self, x: torch.Tensor, keep: torch.Tensor | None, padding: int) -> torch.Tensor:
+        """Count ``x`` [sequences, tokens, ...] where ``keep``; returns each sequence's amax."""
+        rows = x if keep is None else x[keep]
+        if rows.numel():
+            self.statistics.update(rows)
+        magnitude = x.abs() if keep is None else x.abs().masked_fill(~keep[..., None], 0)
+        return magnitude.flatten(1).amax(dim=1)
+
+    next_window = None
+
+    def close(self) -> None:
+        """Nothing comes after."""
+
+    def flush(self) -> None:
+        """Nothing is kept elsewhere."""
+
+    def finish(self) -> ActivationStatistics:
+        """The statistic."""
+        return self.statistics
+
+
+@dataclass
+class _Site:
+    """A site while it is counted: a counter a group, and amax of sequences."""
+
+    counters: list = field(default_factory=list)
+    closed: int = 0  # of the counters, the first so many
+    flushed: int = 0
+    amaxes: list[torch.Tensor] = field(default_factory=list)
+
+    def start_group(self, x: torch.Tensor, waiting: deque) -> None:
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            from .counters import DeviceCounter  # needs Triton
+
+            window = self.counters[-1].next_window if self.counters else None
+            self.counters.append(DeviceCounter(waiting, window))
+        else:
+            self.counters.append(_Counter())
+
+    def end_batch(self, complete: int) -> None:
+        """Close the first ``complete`` counters; flush those closed a batch ago."""
+        for counter in self.counters[self.flushed : self.closed]:
+            counter.flush()
+        self.flushed = self.closed
+        for counter in self.counters[self.closed : complete]:
+            counter.close()
+        self.closed = complete
+
+    def statistics(self, group_size: int) -> SiteStatistics:
+        self.end_batch(len(self.counters))
+        amax = torch.cat(self.amaxes).to(torch.float64).cpu()
+        return SiteStatistics(group_size, [counter.finish() for counter in self.counters], amax)
 
 
 def find_sites(model: nn.Module, sites: Sequence[str]) -> dict[str, nn.Module]:
@@ -150,40 +211,41 @@ def capture(
     if group_size < 1:
         raise ValueError(f"group_size is {group_size}; expected at least 1 sequence.")
     device = next(model.parameters()).device
-    result: dict[str, SiteStatistics] = {}
-    mask: torch.Tensor | None = None
+    found_sites: dict[str, _Site] = {}
+    waiting: deque = deque()
+    mask: torch.Tensor | None = None  # of this batch, on the device
+    padding: list[int] = []  # tokens a sequence of this batch
     first = 0  # sequences seen before this batch
 
     def count(label: str, x: torch.Tensor) -> None:
-        site = result.setdefault(label, SiteStatistics(group_size))
-        keep = mask.bool() if mask is not None else None
-        magnitude = x.detach().abs()
-        if keep is not None:
-            magnitude = magnitude.masked_fill(~keep[..., None], 0)
-        amax = magnitude.flatten(1).amax(dim=1).to(torch.float64).cpu()
-        site.sequence_amax = torch.cat([site.sequence_amax, amax])
+        site = found_sites.setdefault(label, _Site())
+        keep = mask.bool().to(x.device) if mask is not None else None
         start = 0
         while start < len(x):
             room = group_size - (first + start) % group_size
             part = slice(start, start + room)
             if (first + start) % group_size == 0:
-                site.groups.append(ActivationStatistics())
-            rows = x[part] if keep is None else x[part][keep[part]]
-            if rows.numel():
-                site.groups[-1].update(rows)
+                site.start_group(x, waiting)
+            site.amaxes.append(
+                site.counters[-1].add(x[part], None if keep is None else keep[part], sum(padding[part]))
+            )
             start += room
 
-    with torch.inference_mode(), hooked(model, sites, count) as found:
+    with torch.no_grad(), hooked(model, sites, count) as found:
         for batch in tqdm(batches, desc="capture", unit="batch", disable=not progress):
             inputs = batch if isinstance(batch, dict) else {"input_ids": batch}
+            mask = inputs.get("attention_mask")
+            padding = [] if mask is None else (mask == 0).sum(dim=1).tolist()
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             mask = inputs.get("attention_mask")
             # The head's logits are not needed, only the layers' inputs.
             getattr(model, "model", model)(**inputs)
             first += len(inputs["input_ids"])
-    if not result:
+            for site in found_sites.values():
+                site.end_batch(len(site.counters) - (first % group_size > 0))
+    if not found_sites:
         raise ValueError(
             f"no batch reached the sites {list(found)[:4]}; expected at least one batch of "
             "sequences. The dataset may have ended early."
         )
-    return {label: result[label] for label in found if label in result}
+    return {label: found_sites[label].statistics(group_size) for label in found if label in found_sites}

@@ -19,22 +19,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from .histogram import (
+    CODE_BITS,
+    INFINITY_CODE,
+    codes_to_values,
+    joint_histogram,
+    merge_counts,
+    sum_by_code,
+    sum_by_key,
+)
 from .quantize import (
     BLOCK_SIZE,
     E2M1_VALUES,
     Underflow,
     block_scale_e4m3,
     check_scale,
-    check_tensor,
     check_underflow,
-    nonfinite_error,
     round_e2m1,
 )
 
-CODE_BITS = 15  # a 16-bit float without its sign
-INFINITY_CODE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_CELLS = 2**26  # of a dense histogram; wider code ranges are sorted instead
 # Interval sums cancel: below this error-to-signal ratio they lose more than 1e-12 relative.
 MIN_CONDITION = 1e-4
 
@@ -42,11 +46,6 @@ MIN_CONDITION = 1e-4
 # so every other midpoint belongs to the upper value.
 _MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 _TIE_GOES_UP = (False, True, False, True, False, True, False)
-
-
-def codes_to_values(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Magnitudes, float64, of sign-free 16-bit float codes."""
-    return codes.to(torch.int16).view(dtype).to(torch.float64)
 
 
 def _rank(p: float, n: int) -> int:
@@ -110,70 +109,9 @@ class Marginals:
     def __add__(self, other: Marginals) -> Marginals:
         if self.dtype != other.dtype:
             raise TypeError(f"cannot add statistics of {self.dtype} and {other.dtype}.")
-        return Marginals(
-            self.dtype,
-            *_merge(self.element_codes, self.element_counts, other.element_codes, other.element_counts),
-            *_merge(self.block_codes, self.block_counts, other.block_codes, other.block_counts),
-        )
-
-
-def _merge(keys_a, counts_a, keys_b, counts_b):
-    """Sum two sparse histograms with sorted keys."""
-    keys, where = torch.unique(torch.cat([keys_a, keys_b]), return_inverse=True)
-    counts = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
-    counts.index_add_(0, where, torch.cat([counts_a, counts_b]))
-    return keys, counts
-
-
-def joint_histogram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorted keys ``block_amax_code << 15 | element_code`` (int64) and their counts (int64).
-
-    Codes are counted in a dense table over the ranges that occur; where that table would be larger
-    than ``MAX_CELLS``, by sorting.
-    """
-    if x.dtype not in INFINITY_CODE:
-        raise TypeError(
-            f"x has dtype {str(x.dtype).removeprefix('torch.')}; expected bfloat16 or float16: the "
-            "joint histogram counts 16-bit codes. Cast with x.to(torch.bfloat16), which is what a "
-            "bfloat16 model feeds its quantizers."
-        )
-    check_tensor(x)
-    codes = (x.detach().contiguous().view(torch.int16) & 0x7FFF).view(-1, BLOCK_SIZE)
-    block_codes = codes.amax(dim=-1)
-    highest = int(block_codes.max())
-    if highest >= INFINITY_CODE[x.dtype]:
-        bad = int((codes >= INFINITY_CODE[x.dtype]).sum())
-        raise nonfinite_error(bad)
-    # Column and row 0 stand for code 0; the rest for the ranges of nonzero codes that occur.
-    low_element = int(torch.where(codes == 0, 0x7FFF, codes).min())
-    low_block = int(torch.where(block_codes == 0, 0x7FFF, block_codes).min())
-    columns = max(highest - low_element, 0) + 2
-    rows = max(highest - low_block, 0) + 2
-    if rows * columns > MAX_CELLS:
-        return _joint_histogram_sorted(codes, block_codes)
-    table = torch.zeros(rows * columns, dtype=torch.int64, device=x.device)
-    blocks_at_once = max(2**16, rows * columns // 4)  # amortizes one table per chunk
-    for start in range(0, len(codes), blocks_at_once):
-        part = slice(start, start + blocks_at_once)
-        row = (block_codes[part].to(torch.int32) - (low_block - 1)).clamp_(min=0)
-        column = (codes[part].to(torch.int32) - (low_element - 1)).clamp_(min=0)
-        cell = column.add_(row.mul_(columns)[:, None])
-        table += torch.bincount(cell.view(-1), minlength=len(table))
-    cells = table.nonzero().view(-1)
-    row, column = cells // columns, cells % columns
-    block = torch.where(row == 0, 0, row + (low_block - 1))
-    element = torch.where(column == 0, 0, column + (low_element - 1))
-    return block << CODE_BITS | element, table[cells]
-
-
-def _joint_histogram_sorted(codes, block_codes):
-    keys = counts = None
-    for start in range(0, len(codes), 2**18):
-        part = slice(start, start + 2**18)
-        joint = (block_codes[part].to(torch.int64) << CODE_BITS)[:, None] | codes[part]
-        found = torch.unique(joint, return_counts=True)
-        keys, counts = found if keys is None else _merge(keys, counts, *found)
-    return keys, counts
+        elements = (self.element_codes, self.element_counts, other.element_codes, other.element_counts)
+        blocks = (self.block_codes, self.block_counts, other.block_codes, other.block_counts)
+        return Marginals(self.dtype, *merge_counts(*elements), *merge_counts(*blocks))
 
 
 class ActivationStatistics:
@@ -222,7 +160,7 @@ class ActivationStatistics:
                     f"cannot merge statistics of {self.dtype} and {other.dtype}; expected one "
                     "dtype. Cast the activations to one dtype before counting."
                 )
-            self.keys, self.counts = _merge(
+            self.keys, self.counts = merge_counts(
                 self.keys, self.counts, other.keys.to(self.keys.device),
                 other.counts.to(self.keys.device),
             )  # fmt: skip
@@ -242,7 +180,7 @@ class ActivationStatistics:
                 "least one statistic, all of one dtype."
             )
         keys, counts = (torch.cat([getattr(p, name) for p in parts]) for name in ("keys", "counts"))
-        return cls(parts[0].dtype, *_merge(keys, counts, keys[:0], counts[:0]))
+        return cls(parts[0].dtype, *sum_by_key(keys, counts))
 
     def to(self, device) -> ActivationStatistics:
         """The same statistic with its tensors on ``device``."""
@@ -263,11 +201,10 @@ class ActivationStatistics:
         """The element and the block-amax marginal, on the CPU."""
         if self.dtype is None:
             raise ValueError("the statistic is empty; expected at least one update(x) before.")
-        empty = torch.zeros(0, dtype=torch.int64)
-        counts = self.counts.cpu()
-        elements, element_counts = _merge(self.element_codes.cpu(), counts, empty, empty)
-        blocks, block_counts = _merge(self.block_codes.cpu(), counts, empty, empty)
-        return Marginals(self.dtype, elements, element_counts, blocks, block_counts // BLOCK_SIZE)
+        elements, element_counts = sum_by_code(self.element_codes, self.counts)
+        blocks, block_counts = sum_by_code(self.block_codes, self.counts)
+        parts = (elements, element_counts, blocks, block_counts // BLOCK_SIZE)
+        return Marginals(self.dtype, *(part.cpu() for part in parts))
 
     @property
     def count(self) -> int:

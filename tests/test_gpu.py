@@ -3,13 +3,23 @@
 """What only a CUDA device can show: the compiled kernel, statistics and capture on it."""
 
 import math
+from collections import deque
 
 import pytest
 import torch
 from nvfp4_reference import BF16, FP16, FP32, all_regimes, mismatches, odd_scale
 
 from nvfp4_utils import ActivationStatistics, capture, fake_quantize
+from nvfp4_utils.benchmark import fresh_seed, histogram_hash, make
+from nvfp4_utils.histogram import _count_torch, joint_histogram
 from nvfp4_utils.quantize import UNDERFLOWS
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from nvfp4_utils.counters import DeviceCounter  # noqa: E402
+from nvfp4_utils.device_histogram import count_on_device, count_pairs_triton  # noqa: E402
+from nvfp4_utils.triton_kernels import ratio, round_e2m1  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,6 +82,99 @@ def test_statistics_on_the_device_equal_the_cpus(dtype):
     for underflow in UNDERFLOWS:
         assert gpu.mse(scales, underflow) == pytest.approx(cpu.mse(scales, underflow), rel=1e-12)
     assert gpu.amax == cpu.amax and gpu.percentile(99.9) == cpu.percentile(99.9)
+
+
+KINDS = ("gaussian", "lognormal", "equal", "swiglu")
+
+
+def same(a, b) -> bool:
+    return torch.equal(a[0].cpu(), b[0].cpu()) and torch.equal(a[1].cpu(), b[1].cpu())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "regimes", "relu", "zeros", "wide", "wide blocks", "part"])
+def test_both_device_histograms_equal_the_cpus(kind):
+    generator = torch.Generator("cuda").manual_seed(fresh_seed())
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    exponents = torch.randint(-60, 60, (2**16, 16), generator=generator, device="cuda")
+    x = {
+        "regimes": lambda: all_regimes(512, 1024, BF16, seed=24).cuda(),
+        "relu": lambda: torch.relu(normal(999, 4112) - 1),
+        "zeros": lambda: torch.zeros(5, 16, device="cuda"),
+        "wide": lambda: normal(2**16, 16) * torch.exp2(exponents[:, :1].float()),
+        "wide blocks": lambda: normal(2**16, 16) * torch.exp2(exponents.float()),
+        "part": lambda: normal(2**20)[48 : 16 * 9999],
+    }.get(kind, lambda: make(kind, 2**23, "cuda", fresh_seed()))()
+    blocks = x.to(BF16).view(torch.int16).view(-1, 16)
+    expected = _count_torch(blocks.cpu(), BF16)
+    assert int(expected[1].sum()) == x.numel()
+    assert same(joint_histogram(x.to(BF16)), expected)
+    assert same(count_on_device(blocks, BF16, count_pairs_triton), expected)
+
+
+def test_a_histogram_does_not_move_between_runs():
+    x = make("lognormal", 2**26, "cuda", fresh_seed())
+    hashes = {histogram_hash(*joint_histogram(x)) for _ in range(20)}
+    assert len(hashes) == 1
+
+
+@triton.jit
+def _compare_ratios(bad_ptr, MANTISSA: tl.constexpr, SIZE: tl.constexpr):
+    mantissa = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    step = (mantissa | 0x3F800000).to(tl.float32, bitcast=True)
+    reciprocal = tl.div_rn(tl.zeros_like(step) + 1.0, step)
+    bad = tl.zeros((SIZE,), tl.int32)
+    for k in range(0, 9 << MANTISSA):  # every mantissa in nine octaves: 2**-5 to 2**4
+        bits = (122 << 23) + (k << (23 - MANTISSA)) + tl.zeros((SIZE,), tl.int32)
+        a = bits.to(tl.float32, bitcast=True)
+        by_division = round_e2m1(tl.div_rn(a, step))
+        bad += (by_division != round_e2m1(ratio(a, step, reciprocal))).to(tl.int32)
+    tl.atomic_add(bad_ptr, tl.sum(bad, axis=0))
+
+
+@pytest.mark.parametrize("mantissa", [7, 10])
+def test_ratio_rounds_like_division_for_every_element_and_step(mantissa):
+    bad = torch.zeros(1, dtype=torch.int32, device="cuda")
+    _compare_ratios[(2**23 // 256,)](bad, mantissa, 256)
+    assert bad.item() == 0
+
+
+def test_a_counter_counts_what_leaves_its_window_padding_and_zeros():
+    generator = torch.Generator("cuda").manual_seed(25)
+    x = torch.randn(4, 64, 4096, generator=generator, device="cuda")
+    x[0, 3] = 0
+    parts = [x, x * 2.0**20, x * torch.exp2(-20 * (x > 3)), x * 2.0**-100]
+    keep = torch.ones(4, 64, dtype=torch.bool, device="cuda")
+    keep[1, 20:] = False
+    waiting = deque()
+    counter, expected, amax = DeviceCounter(waiting), ActivationStatistics(), []
+    for part in parts:
+        amax.append(counter.add(part.to(BF16), keep, 44))
+        expected.update(part.to(BF16)[keep])
+        kept = part.to(BF16).masked_fill(~keep[..., None], 0)
+        assert torch.equal(amax[-1], kept.abs().flatten(1).amax(1))
+    counter.close()
+    found = counter.finish()
+    assert torch.equal(found.keys, expected.keys) and torch.equal(found.counts, expected.counts)
+    base, rows = counter.next_window
+    assert base < 0x3F80 < base + rows
+
+
+def test_a_counter_finds_nan_and_changes_in_place():
+    x = torch.randn(2, 8, 64, device="cuda").to(BF16)
+    x[1, 2, 3:5] = math.nan
+    counter = DeviceCounter(deque())
+    counter.add(x, None, 0)
+    with pytest.raises(ValueError, match=r"^x holds 2 values that are NaN or infinite;"):
+        counter.finish()
+    x = torch.ones(2, 8, 64, device="cuda").to(BF16)
+    counter = DeviceCounter(deque())
+    counter.add(x, None, 0)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match=r"^the model overwrote an activation in place"):
+        counter.close()
 
 
 def test_capture_runs_on_the_device():

@@ -12,8 +12,7 @@ import pytest
 import torch
 from nvfp4_reference import BF16, FP16, FP32, all_regimes, odd_scale
 
-from nvfp4_utils import ActivationStatistics, fake_quantize
-from nvfp4_utils import statistics as module
+from nvfp4_utils import ActivationStatistics, fake_quantize, histogram
 from nvfp4_utils.quantize import UNDERFLOWS
 
 
@@ -182,25 +181,39 @@ def test_counts_beyond_32_bits():
     np.testing.assert_allclose(huge.mse([0.001, 0.3]), once[0], rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_sorted_path_equals_dense_path(dtype, monkeypatch):
-    x = all_regimes(128, 256, dtype, seed=8)
-    dense = ActivationStatistics.from_tensor(x)
-    monkeypatch.setattr(module, "MAX_CELLS", 0)
-    called = []
-    original = module._joint_histogram_sorted
-    monkeypatch.setattr(module, "_joint_histogram_sorted", lambda *a: called.append(1) or original(*a))
-    assert equal(ActivationStatistics.from_tensor(x), dense) and called
-
-
-def test_pairs_are_those_of_the_tensor():
-    x = all_regimes(16, 64, BF16, seed=9)
-    codes = (x.view(torch.int16) & 0x7FFF).reshape(-1, 16).tolist()
+def pairs_of(x: torch.Tensor) -> dict[int, int]:
+    codes = (x.contiguous().view(torch.int16) & 0x7FFF).reshape(-1, 16).tolist()
     pairs: dict[int, int] = {}
     for block in codes:
         for code in block:
             key = max(block) << 15 | code
             pairs[key] = pairs.get(key, 0) + 1
+    return pairs
+
+
+@pytest.mark.parametrize("cells", [0, 2**14, 2**20, 2**26])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_every_size_of_table_gives_the_same_statistic(dtype, cells, monkeypatch):
+    x = torch.cat([all_regimes(64, 256, dtype, seed=8), make("sparse", dtype)])
+    monkeypatch.setattr(histogram, "MIN_CELLS", 2**26)
+    monkeypatch.setattr(histogram, "MAX_CELLS", cells)
+    monkeypatch.setattr(histogram, "BLOCKS_AT_ONCE", 100)
+    statistics = ActivationStatistics.from_tensor(x)
+    assert statistics.keys.tolist() == sorted(pairs_of(x))
+    found = dict(zip(statistics.keys.tolist(), statistics.counts.tolist(), strict=True))
+    assert found == pairs_of(x)
+
+
+def test_tensors_counted_in_parts_add_up(monkeypatch):
+    x = make("heavy", BF16)
+    whole = ActivationStatistics.from_tensor(x)
+    monkeypatch.setattr(histogram, "MAX_BLOCKS", 300)
+    assert equal(ActivationStatistics.from_tensor(x), whole)
+
+
+def test_pairs_are_those_of_the_tensor():
+    x = all_regimes(16, 64, BF16, seed=9)
+    pairs = pairs_of(x)
     statistics = ActivationStatistics.from_tensor(x)
     assert dict(zip(statistics.keys.tolist(), statistics.counts.tolist(), strict=True)) == pairs
     assert statistics.keys.tolist() == sorted(pairs)

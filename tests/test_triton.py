@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The NVFP4 Calibration Book authors
-"""The Triton kernel equals the enumeration; in the interpreter without a GPU, else on it."""
+"""The Triton kernels equal the enumeration; in the interpreter without a GPU, else on it."""
 
 import re
 
@@ -25,6 +25,7 @@ from nvfp4_reference import (
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+from nvfp4_utils import ActivationStatistics, device_histogram  # noqa: E402
 from nvfp4_utils.quantize import UNDERFLOWS  # noqa: E402
 from nvfp4_utils.triton_kernels import (  # noqa: E402
     fake_quantize_triton,
@@ -121,3 +122,31 @@ def test_nan_and_infinity_are_found_by_the_kernel(dtype, bad):
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         quantized(x, 1.0, "flush", BF16)
+
+
+@pytest.mark.parametrize("rows, listed", [(4096, 2**16 - 6), (64, 2**16 - 6), (64, 7)])
+@pytest.mark.parametrize("name", ["gaussian", "regimes", "equal", "zeros", "relu", "one block"])
+def test_the_device_histogram_counts_every_pair(name, rows, listed, monkeypatch):
+    normal = torch.randn(64, 256, generator=torch.Generator().manual_seed(7))
+    x = {
+        "gaussian": normal,
+        "regimes": all_regimes(64, 256, BF16, seed=8),
+        "equal": torch.full((3, 48), 1.25),
+        "zeros": torch.zeros(1, 16),
+        "relu": torch.relu(normal - 2),
+        "one block": normal[:1, :16],
+    }[name].to(BF16)
+    monkeypatch.setattr(device_histogram, "MAX_ROWS", rows)
+    monkeypatch.setattr(device_histogram, "LISTED", listed)
+    found = device_histogram.count_on_device(x.to(DEVICE).view(torch.int16).view(-1, 16), BF16)
+    expected = ActivationStatistics.from_tensor(x)
+    assert torch.equal(found[0].cpu(), expected.keys)
+    assert torch.equal(found[1].cpu(), expected.counts)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_are_found_by_the_histogram(bad):
+    x = torch.ones(300, 16, dtype=BF16)
+    x[299, 15] = bad
+    with pytest.raises(ValueError, match=r"^x holds 1 values that are NaN or infinite;"):
+        device_histogram.count_on_device(x.to(DEVICE).view(torch.int16), BF16)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""Counting a site's activations while a model runs, without making the host wait for the device.
+
+A statistic's sparse form has a size only the device knows, so ``ActivationStatistics.update`` waits
+for it. A ``DeviceCounter`` adds to one dense table instead, and reads what the kernels report about
+a tensor some tensors later, when it has long arrived.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from .cuda_kernels import MAX_ROWS
+from .device_histogram import (
+    INFINITY,
+    STATUS,
+    JointTable,
+    Status,
+    block_codes,
+    unplaced_blocks,
+)
+from .histogram import add_rest, count_nonfinite
+from .quantize import BLOCK_SIZE, check_tensor, nonfinite_error
+from .statistics import ActivationStatistics
+
+ONE, OCTAVE = 0x3F80, 128  # the bfloat16 code of 1.0, and how many codes an octave has
+ROOM_BELOW, ROOM_ABOVE = 2 * OCTAVE, 2 * OCTAVE  # of a table's window around its first tensor
+WAITING = 8  # tensors that are kept until their reports have been read
+MAX_ELEMENTS = 2**31 - 1  # counted into a table, whose counts have 32 bits
+
+
+def settle(waiting: deque, leave: int) -> None:
+    """Read the reports of all but the last ``leave`` tensors."""
+    while len(waiting) > leave:
+        counter, *report = waiting.popleft()
+        counter.read_report(*report)
+
+
+class DeviceCounter:
+    """One statistic of bfloat16 tensors on a CUDA device; the host waits for nothing but ``finish``.
+
+    Counts are in a dense table until ``close``. ``waiting``, which counters share, keeps a tensor
+    until its report has arrived; NaN and infinity raise then. ``window`` (base, rows) is the
+    table's range of block amax codes; without one, the first tensor is counted when its own range
+    has arrived. Blocks without a place in the table are kept, and counted by ``finish``.
+    """
+
+    def __init__(self, waiting: deque, window: tuple[int, int] | None = None):
+        self.waiting = waiting
+        self.window = window
+        self.next_window = window  # for the next table: holds what this one had no place for
+        self.table: JointTable | None = None
+        self.cells: tuple | None = None  # report of a closed table
+        self.rest: list[torch.Tensor] = []
+        self.elements = self.zero_blocks = 0
+        self.statistics = ActivationStatistics()
+
+    def add(self, x: torch.Tensor, keep: torch.Tensor | None, padding: int) -> torch.Tensor:
+        """Count ``x`` [sequences, tokens, ...] where ``keep``; returns each sequence's amax.
+
+        ``padding``: tokens that ``keep`` leaves out, known on the host.
+        """
+        check_tensor(x)
+        if x.numel() > MAX_ELEMENTS:
+            raise ValueError(
+                f"an activation has {x.numel()} elements; expected at most {MAX_ELEMENTS}. Use "
+                "smaller batches."
+            )
+        if keep is not None:
+            x = x.masked_fill(~keep[..., None], 0)
+            self.zero_blocks -= padding * x.shape[-1] // BLOCK_SIZE  # counted with the others
+        blocks = x.detach().contiguous().view(torch.int16).view(-1, BLOCK_SIZE)
+        if blocks.data_ptr() % 16:
+            blocks = blocks.clone()
+        if self.window is None:
+            self._settle()
+        codes = self._count(blocks)
+        settle(self.waiting, WAITING)
+        return (codes[: len(blocks)] & 0x7FFF).view(len(x), -1).amax(dim=1).view(torch.bfloat16)
+
+    def _count(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Launch the kernels; with no window yet, only those that find it."""
+        with torch.cuda.device(blocks.device):
+            if self.window is None:
+                codes, report = block_codes(blocks)
+            else:
+                if self.elements + blocks.numel() > MAX_ELEMENTS:
+                    self.close()
+                    self.flush()
+                if self.table is None:
+                    self.table = JointTable.of(*self.window, blocks.device)
+                codes, report = block_codes(blocks, *self.window)
+                self.table.add(blocks, codes)
+                self.elements += blocks.numel()
+            seen = _to_host(report)
+        self.waiting.append((self, blocks, _version(blocks), codes, report, seen, self.window))
+        return codes
+
+    def read_report(self, blocks, version, codes, report, seen, window) -> None:
+        """Deal with what the kernels could not count."""
+        status = _arrived(seen)
+        if (status.bad or status.unplaced or window is None) and _version(blocks) != version:
+            raise RuntimeError(
+                "the model overwrote an activation in place before it was counted. Capture the "
+                "input of an earlier module instead."
+            )
+        if status.bad:
+            raise nonfinite_error(count_nonfinite(blocks, torch.bfloat16))
+        low, high = (status.lowest, status.highest) if status.highest else (ONE, ONE)
+        if window is None:
+            self.window = self.next_window = window_around(low, high)
+            self._count(blocks)
+            return
+        self.zero_blocks += status.zeros
+        if status.unplaced:
+            self.rest.append(unplaced_blocks(blocks, codes, report, status.unplaced))
+            base, rows = self.next_window or window
+            if low < base or high >= base + rows:
+                self.next_window = window_around(min(low, base), max(high, base + rows - 1))
+
+    def _settle(self) -> None:
+        """Read all reports of this counter."""
+        while any(waiting[0] is self for waiting in self.waiting):
+            settle(self.waiting, len(self.waiting) - 1)
+
+    def close(self) -> None:
+        """Nothing comes after; what ``flush`` needs is under way."""
+        if self.window is None:
+            self._settle()
+        if self.table is not None:
+            report = self.table.window.new_zeros(STATUS)
+            with torch.cuda.device(report.device):
+                self.table.measure(report)
+                self.cells = _to_host(report)
+
+    def flush(self) -> None:
+        """Move the counts of a closed table to the sparse statistic; frees the table."""
+        if self.table is not None and self.cells is not None:
+            with torch.cuda.device(self.table.window.device):
+                found = self.table.sparse(_arrived(self.cells).cells)
+            self.statistics.merge(ActivationStatistics(torch.bfloat16, *found))
+        self.table = self.cells = None
+        self.elements = 0
+
+    def finish(self) -> ActivationStatistics:
+        """The statistic; waits for the device."""
+        self._settle()
+        self.flush()
+        if self.rest:
+            self.statistics.update(torch.cat(self.rest).view(torch.bfloat16))
+        if self.zero_blocks:
+            keys, counts = self.statistics.keys, self.statistics.counts
+            found = add_rest(keys, counts, self.zero_blocks, keys.new_empty(0, BLOCK_SIZE))
+            self.statistics = ActivationStatistics(torch.bfloat16, *found)
+        return self.statistics if len(self.statistics.keys) else ActivationStatistics()
+
+
+def _version(x: torch.Tensor) -> int:
+    return 0 if x.is_inference() else x._version  # inference tensors do not count their writes
+
+
+def _arrived(seen) -> Status:
+    report, ready = seen
+    ready.synchronize()
+    return Status.read(report)
+
+
+def _to_host(report: torch.Tensor):
+    """A copy of a report's numbers that is under way to the host, and the event that ends it."""
+    seen = torch.empty(STATUS, dtype=report.dtype, pin_memory=True)
+    seen.copy_(report[:STATUS], non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return seen, ready
+
+
+def window_around(low: int, high: int) -> tuple[int, int]:
+    """Base and rows of a table's window with room on both sides, cut at its low end if too wide."""
+    top = min(high + ROOM_ABOVE, INFINITY - 1)
+    base = max(low - ROOM_BELOW, top - MAX_ROWS + 1, 1)
+    return base, top - base + 1

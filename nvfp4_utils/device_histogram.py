@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""The joint histogram of bfloat16 on a CUDA device; see ``histogram`` for the table.
+
+``block_codes`` is the one pass that reads the tensor in order. The pairs are then counted by CUDA
+kernels in shared memory or, where those cannot be compiled, by a Triton kernel with atomics in
+global memory; the two Triton kernels also run in Triton's interpreter, under the CPU tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import cuda_kernels
+from .cuda_kernels import COLUMNS, MAX_ROWS
+from .histogram import INFINITY_CODE, add_rest, count_nonfinite, table_to_sparse
+from .quantize import BLOCK_SIZE, nonfinite_error
+
+INFINITY = INFINITY_CODE[torch.bfloat16]
+STATUS = 6  # numbers of a report, before its list of blocks
+LISTED = 2**16 - STATUS  # blocks without a place that a report lists
+
+
+@triton.jit
+def _raise(ptr, value):
+    if value > tl.load(ptr):
+        tl.atomic_max(ptr, value)
+
+
+@triton.jit
+def _block_codes_kernel(
+    x_ptr, codes_ptr, status_ptr, n_blocks, n_codes, base, rows,
+    INFINITY: tl.constexpr, COLUMNS: tl.constexpr, STATUS: tl.constexpr, LISTED: tl.constexpr,
+    BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    below = tl.zeros((BLOCKS,), tl.int32)
+    highest = tl.zeros((BLOCKS,), tl.int32)
+    bad = tl.zeros((BLOCKS,), tl.int32)
+    zeros = tl.zeros((BLOCKS,), tl.int32)
+    for tile in range(tl.program_id(0), tl.cdiv(n_codes, BLOCKS), tl.num_programs(0)):
+        block = tile * BLOCKS + tl.arange(0, BLOCKS)
+        inside = block < n_blocks
+        offset = block.to(tl.int64)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+        element = tl.load(x_ptr + offset, mask=inside[:, None], other=0).to(tl.int32) & 0x7FFF
+        amax = tl.max(element, axis=1)
+        # As unsigned numbers, 0 - 1 is the largest: zeros do not count.
+        smallest = tl.min((element - 1).to(tl.uint32, bitcast=True), axis=1).to(tl.int32, bitcast=True)
+        zero = amax == 0
+        placed = (amax - smallest <= COLUMNS - 1) & (amax >= base) & (amax < base + rows) & (amax > 0)
+        code = tl.where(placed | zero, amax, amax - 0x8000)
+        tl.store(codes_ptr + block, code.to(tl.int16), mask=block < n_codes)
+        finite = (amax > 0) & (amax < INFINITY)
+        below = tl.maximum(below, tl.where(finite, 0x7FFF - amax, 0))
+        highest = tl.maximum(highest, tl.where(finite, amax, 0))
+        bad |= (amax >= INFINITY).to(tl.int32)
+        zeros += (zero & inside).to(tl.int32)
+        left = code < 0
+        if tl.max(left.to(tl.int32), axis=0) > 0:
+            at = tl.atomic_add(status_ptr + 4 + tl.zeros((BLOCKS,), tl.int32), 1, mask=left)
+            tl.store(status_ptr + STATUS + at, block, mask=left & (at < LISTED))
+    # A program has nothing to add to what others have reported, as a rule: no queue forms.
+    _raise(status_ptr, tl.max(below, axis=0))
+    _raise(status_ptr + 1, tl.max(highest, axis=0))
+    _raise(status_ptr + 2, tl.max(bad, axis=0))
+    if tl.max(zeros, axis=0) > 0:
+        tl.atomic_add(status_ptr + 3, tl.sum(zeros, axis=0))
+
+
+@triton.jit
+def _count_pairs_kernel(
+    x_ptr, codes_ptr, window_ptr, table_ptr, n_blocks, rows,
+    COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    code = tl.load(codes_ptr + block, mask=block < n_blocks, other=0).to(tl.int32)[:, None]
+    offset = block.to(tl.int64)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    element = tl.load(x_ptr + offset, mask=code > 0, other=0).to(tl.int32) & 0x7FFF
+    column = tl.where(element == 0, 0, element - code + COLUMNS - 1)
+    row = code - (0x7FFF - tl.load(window_ptr))
+    inside = (code > 0) & (row < rows)
+    cell = row.to(tl.int64) * COLUMNS + column
+    one = tl.full((BLOCKS, SIZE), 1, tl.int32)
+    tl.atomic_add(table_ptr + cell, one, mask=tl.broadcast_to(inside, (BLOCKS, SIZE)))
+
+
+@dataclass
+class Status:
+    """What the kernels saw."""
+
+    lowest: int  # of the nonzero finite codes
+    highest: int
+    bad: bool  # NaN or infinity
+    zeros: int  # blocks of zeros
+    unplaced: int  # blocks that have no place
+    cells: int  # nonzero ones of the table, once counted
+
+    @classmethod
+    def read(cls, status: torch.Tensor) -> Status:
+        below, highest, bad, zeros, unplaced, cells = status[:STATUS].tolist()
+        return cls(0x7FFF - below, highest, bool(bad), zeros, unplaced, cells)
+
+
+def block_codes(
+    blocks: torch.Tensor, base: int = 1, rows: int = INFINITY - 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each block's amax code, and a report for ``Status.read``; neither is waited for.
+
+    ``blocks``: int16 [n, 16], bits of bfloat16. Codes: int16, padded with 0 to a multiple of 8; 0
+    is a block of zeros, and a block without a place in the window has the sign bit set.
+    """
+    n = len(blocks)
+    padded = triton.cdiv(n, 8) * 8
+    codes = torch.empty(padded, dtype=torch.int16, device=blocks.device)
+    status = torch.zeros(STATUS + LISTED, dtype=torch.int32, device=blocks.device)
+    programs = triton.cdiv(padded, 4 * 256)
+    if blocks.is_cuda:
+        programs = min(programs, 32 * cuda_kernels.processors(blocks.device.index))
+    _block_codes_kernel[(programs,)](
+        blocks, codes, status, n, padded, base, rows,
+        INFINITY=INFINITY, COLUMNS=COLUMNS, STATUS=STATUS, LISTED=LISTED, BLOCKS=256,
+        SIZE=BLOCK_SIZE, num_warps=8,
+    )  # fmt: skip
+    return codes, status
+
+
+def count_pairs_triton(
+    blocks: torch.Tensor, codes: torch.Tensor, window: torch.Tensor, table: torch.Tensor
+) -> None:
+    """Add the pairs of blocks with a positive code to ``table``, as ``cuda_kernels.count_pairs``."""
+    _count_pairs_kernel[(triton.cdiv(len(blocks), 128),)](
+        blocks, codes, window, table, len(blocks), len(table),
+        COLUMNS=COLUMNS, BLOCKS=128, SIZE=BLOCK_SIZE, num_warps=4,
+    )  # fmt: skip
+
+
+def unplaced_blocks(blocks: torch.Tensor, codes: torch.Tensor, report: torch.Tensor, unplaced: int):
+    """The blocks [unplaced, 16] that have no place; ``report`` is the one on the device."""
+    if unplaced <= LISTED:
+        return blocks[report[STATUS : STATUS + unplaced]]
+    return blocks[codes[: len(blocks)] < 0]
+
+
+class JointTable:
+    """Counts of (block amax code, element code) over a window of amax codes, on the device.
+
+    ``window``: int32 on the device, begins with ``0x7FFF - lowest`` and ``highest``; at most
+    ``rows`` codes.
+    """
+
+    def __init__(self, window: torch.Tensor, rows: int, count_pairs=None):
+        self.window = window
+        self.counts = torch.zeros(rows, COLUMNS, dtype=torch.int32, device=window.device)
+        self.cuda = cuda_kernels.available(window.device)
+        self.count_pairs = count_pairs or (cuda_kernels.count_pairs if self.cuda else count_pairs_triton)
+
+    @classmethod
+    def of(cls, base: int, rows: int, device: torch.device, count_pairs=None) -> JointTable:
+        """A table of ``[base, base + rows)``."""
+        window = torch.tensor([0x7FFF - base, base + rows - 1], dtype=torch.int32)
+        if device.type == "cuda":
+            window = window.pin_memory().to(device, non_blocking=True)
+        return cls(window, rows, count_pairs)
+
+    def add(self, blocks: torch.Tensor, codes: torch.Tensor) -> None:
+        """Count the blocks [n, 16] that have a place; ``codes`` are of this window."""
+        self.count_pairs(blocks, codes, self.window, self.counts)
+
+    def measure(self, report: torch.Tensor) -> None:
+        """Write the number of nonzero cells to ``report``; ``sparse`` needs it."""
+        if self.cuda:
+            self.ends = cuda_kernels.count_cells(self.counts, self.window, report[STATUS - 1 :])
+
+    def sparse(self, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sorted keys and their counts, int64 [cells]."""
+        if self.cuda:
+            return cuda_kernels.list_cells(self.counts, self.window, self.ends, cells)
+        return table_to_sparse(self.counts, 0x7FFF - int(self.window[0]))
+
+
+def count_on_device(blocks: torch.Tensor, dtype: torch.dtype, count_pairs=None):
+    """The joint histogram of int16 [n, 16], bits of bfloat16; waits for the device once.
+
+    ``count_pairs`` names another kernel than the fastest that can run.
+    """
+    if blocks.data_ptr() % 16:
+        blocks = blocks.clone()  # they are read 16 bytes at a time
+    with torch.cuda.device_of(blocks):
+        codes, report = block_codes(blocks)
+        table = JointTable(report, MAX_ROWS, count_pairs)
+        table.add(blocks, codes)
+        table.measure(report)
+        status = Status.read(report)
+        if status.bad:
+            raise nonfinite_error(count_nonfinite(blocks, dtype))
+        if status.highest - status.lowest >= MAX_ROWS:  # too wide for a table: its upper part
+            window = status.highest - MAX_ROWS + 1, MAX_ROWS
+            codes, report = block_codes(blocks, *window)
+            table = JointTable.of(*window, blocks.device, count_pairs)
+            table.add(blocks, codes)
+            table.measure(report)
+            status = Status.read(report)
+        rest = unplaced_blocks(blocks, codes, report, status.unplaced)
+        keys, counts = table.sparse(status.cells)
+        return add_rest(keys, counts, status.zeros, rest)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""The joint histogram of (block amax code, element code), counted in a dense table.
+
+A code is a 16-bit float without its sign. A table has one row a block-amax code, over a window
+``[base, base + rows)`` of codes, and one column a distance of the element's code below its block's;
+column 0 counts zeros. A block has a place in the table if its amax code lies in the window and its
+nonzero elements in the columns' octaves below it. In activations nearly every block does; the few
+others are counted by sorting.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from .quantize import BLOCK_SIZE, check_tensor, nonfinite_error
+
+CODE_BITS = 15
+INFINITY_CODE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+COLUMNS = {torch.bfloat16: 4096, torch.float16: 16384}  # 32 and 16 octaves below the block's amax
+MAX_CELLS = 2**26  # of one table: 256 MiB
+MIN_CELLS = 2**18  # up to here, or four cells an element, a table costs less than sorting
+MAX_BLOCKS = 2**26  # counted into one table, so that no 32-bit count overflows
+BLOCKS_AT_ONCE = 8000  # of a CPU thread: their codes and cell numbers stay in its cache
+
+
+def codes_to_values(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Magnitudes, float64, of sign-free 16-bit float codes."""
+    return codes.to(torch.int16).view(dtype).to(torch.float64)
+
+
+def sum_by_key(keys: torch.Tensor, counts: torch.Tensor):
+    """Sorted distinct keys, and the sum of each one's counts."""
+    distinct, where = torch.unique(keys, return_inverse=True)
+    return distinct, torch.zeros_like(distinct).index_add_(0, where, counts)
+
+
+def sum_by_code(codes: torch.Tensor, counts: torch.Tensor):
+    """``sum_by_key`` of keys that are codes."""
+    total = torch.zeros(2**CODE_BITS, dtype=torch.int64, device=codes.device)
+    total.index_add_(0, codes, counts)
+    distinct = total.nonzero().view(-1)
+    return distinct, total[distinct]
+
+
+def merge_counts(keys_a, counts_a, keys_b, counts_b):
+    """Sum two sparse histograms whose keys are sorted and distinct."""
+    if len(keys_a) < len(keys_b):
+        keys_a, counts_a, keys_b, counts_b = keys_b, counts_b, keys_a, counts_a
+    if not len(keys_b):
+        return keys_a, counts_a
+    at = torch.searchsorted(keys_a, keys_b)
+    new = keys_a[at.clamp(max=len(keys_a) - 1)] != keys_b
+    counts_a = counts_a.index_add(0, at[~new], counts_b[~new])
+    place = at[new] + torch.arange(int(new.sum()), device=at.device)
+    size = len(keys_a) + len(place)
+    old = torch.ones(size, dtype=torch.bool, device=at.device)
+    old[place] = False
+    merged = []
+    for a, b in ((keys_a, keys_b), (counts_a, counts_b)):
+        both = torch.empty(size, dtype=torch.int64, device=at.device).masked_scatter_(old, a)
+        both[place] = b[new]
+        merged.append(both)
+    return merged[0], merged[1]
+
+
+def joint_histogram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted keys ``block_amax_code << 15 | element_code`` (int64) and their counts (int64).
+
+    ``x``: bfloat16 or float16 ``[..., 16 k]``. bfloat16 on a CUDA device takes kernels of its own
+    (``device_histogram``).
+
+    Raises
+    ------
+    TypeError
+        For another dtype.
+    ValueError
+        For a last dimension that is not a multiple of 16, NaN or infinity.
+    """
+    if x.dtype not in INFINITY_CODE:
+        raise TypeError(
+            f"x has dtype {str(x.dtype).removeprefix('torch.')}; expected bfloat16 or float16: the "
+            "joint histogram counts 16-bit codes. Cast with x.to(torch.bfloat16), which is what a "
+            "bfloat16 model feeds its quantizers."
+        )
+    check_tensor(x)
+    blocks = x.detach().contiguous().view(torch.int16).view(-1, BLOCK_SIZE)
+    count = _count_torch
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        from .device_histogram import count_on_device as count  # needs Triton
+
+    keys = counts = torch.zeros(0, dtype=torch.int64, device=x.device)
+    for part in blocks.split(MAX_BLOCKS):
+        keys, counts = merge_counts(keys, counts, *count(part, x.dtype))
+    return keys, counts
+
+
+def count_nonfinite(blocks: torch.Tensor, dtype: torch.dtype) -> int:
+    """How many values are NaN or infinite."""
+    return int(((blocks & 0x7FFF) >= INFINITY_CODE[dtype]).sum())
+
+
+def table_to_sparse(table: torch.Tensor, base: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted keys and counts of a table [rows, columns] whose first row is code ``base``."""
+    flat, columns = table.view(-1), table.shape[1]
+    cells = flat.nonzero().view(-1)
+    block = torch.div(cells, columns, rounding_mode="floor")
+    column = cells - block * columns
+    block += base
+    element = torch.where(column == 0, 0, column + block - (columns - 1))
+    return block << CODE_BITS | element, flat[cells].to(torch.int64)
+
+
+def add_rest(keys, counts, zero_blocks: int, rest: torch.Tensor):
+    """Add what a table does not hold: blocks of zeros, and blocks [n, 16] without a place."""
+    if zero_blocks:
+        zeros = torch.tensor([BLOCK_SIZE * zero_blocks], device=keys.device)
+        keys = torch.cat([torch.zeros_like(zeros), keys])
+        counts = torch.cat([zeros, counts])
+    if len(rest):
+        keys, counts = merge_counts(keys, counts, *_count_sorted(rest & 0x7FFF))
+    return keys, counts
+
+
+def _count_sorted(codes: torch.Tensor):
+    """The joint histogram of codes [n, 16], by sorting them."""
+    keys = counts = torch.zeros(0, dtype=torch.int64, device=codes.device)
+    for part in codes.split(2**18):
+        joint = (part.amax(dim=1).to(torch.int64) << CODE_BITS)[:, None] | part
+        keys, counts = merge_counts(keys, counts, *torch.unique(joint, return_counts=True))
+    return keys, counts
+
+
+def _count_torch(blocks: torch.Tensor, dtype: torch.dtype):
+    """The joint histogram with PyTorch operations, on as many CPU threads as PyTorch has."""
+    threads = 1 if blocks.is_cuda or len(blocks) < 4 * BLOCKS_AT_ONCE else torch.get_num_threads()
+    at_once = 2**18 if blocks.is_cuda else BLOCKS_AT_ONCE
+    amax = torch.empty(len(blocks), dtype=torch.int16, device=blocks.device)
+
+    def find_amax(part: torch.Tensor, amax: torch.Tensor) -> int:
+        smallest = 0x7FFF
+        for some, out in zip(part.split(at_once), amax.split(at_once), strict=True):
+            codes = some & 0x7FFF
+            torch.amax(codes, dim=1, out=out)
+            smallest = min(smallest, int((codes.sub_(1) & 0x7FFF).min()) + 1)
+        return smallest
+
+    with ThreadPoolExecutor(threads) as pool:
+        smallest = min(pool.map(find_amax, blocks.chunk(threads), amax.chunk(threads)))
+        highest = int(amax.max())
+        if highest >= INFINITY_CODE[dtype]:
+            raise nonfinite_error(count_nonfinite(blocks, dtype))
+        lowest = int(torch.where(amax == 0, 0x7FFF, amax).min())
+        columns = COLUMNS[dtype]
+        rows = min(max(highest - lowest + 1, 0), MAX_CELLS // columns)
+        if rows * columns > max(MIN_CELLS, 4 * blocks.numel()):
+            rows = 0
+        base = highest - rows + 1
+        all_placed = base <= lowest and highest - smallest < columns - 1
+
+        def count(part: torch.Tensor, amax: torch.Tensor):
+            # One row more than the window's is for blocks that have no place in it.
+            table = torch.zeros((rows + 1) * columns, dtype=torch.int32, device=part.device)
+            one = torch.ones(1, dtype=torch.int32, device=part.device)
+            rest = []
+            for some, code in zip(part.split(at_once), amax.split(at_once), strict=True):
+                codes, code = some & 0x7FFF, code.to(torch.int32)
+                row = torch.where(code == 0, rows, code - base)
+                if not all_placed:
+                    least = (codes - 1 & 0x7FFF).amin(dim=1) + 1
+                    left = (code > 0) & ((code < base) | (code - least >= columns - 1))
+                    rest.append(some[left])
+                    row = torch.where(left, rows, row)
+                start = (row * columns)[:, None]
+                cell = torch.maximum(codes + (start + (columns - 1) - code[:, None]), start)
+                cell = cell.view(-1).to(torch.int64)
+                table.scatter_add_(0, cell, one.expand(len(cell)))
+            return table[: rows * columns], torch.cat(rest or [part[:0]])
+
+        tables, rests = zip(*pool.map(count, blocks.chunk(threads), amax.chunk(threads)), strict=True)
+    for other in tables[1:]:
+        tables[0].add_(other)
+    table = tables[0].view(rows, columns)
+    return add_rest(*table_to_sparse(table, base), int((amax == 0).sum()), torch.cat(rests))
