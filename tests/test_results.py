@@ -147,7 +147,7 @@ def test_three_random_cells_of_each_kind_equal_direct_evaluation(run, test_activ
     own = errors[(errors.policy == "headroom") & (errors.calibration == MIXES[0])]
     own = own[own.underflow == "flush"].groupby("site", observed=True).mse.mean()
     by_window = windows.groupby("site", observed=True)["headroom flush"].mean()
-    np.testing.assert_allclose(by_window[own.index], own, rtol=1e-12)
+    np.testing.assert_allclose(by_window[own.index].astype(float), own, rtol=1e-6)  # stored as float32
     groups = run.groups(MIXES[0])
     row = groups.iloc[5]
     x = test_activations[row.site][2 * row.group : 2 * row.group + 2].double()
