@@ -2,11 +2,11 @@
 # Copyright The NVFP4 Calibration Book authors
 """The joint histogram's CUDA kernels: what Triton has no way to say, atomics in shared memory.
 
-Three kernels, compiled at first use with NVRTC through PyTorch. Blocks are counted by amax code
-(``count_rows``), their numbers sorted by it (``sort_blocks``), and the pairs of one amax code
-counted in shared memory before they reach the table (``count_pairs``): one row of the table is
-16 KiB there, the whole table megabytes. A block is one 32-byte sector, so reading blocks in any
-order wastes no bandwidth that sectors do not waste.
+Compiled at first use with NVRTC, through PyTorch. Blocks are counted by amax code (``count_rows``),
+their numbers sorted by it (``sort_blocks``), and the pairs of one amax code counted in shared memory
+before they reach the table (``count_pairs``): one row of it has 32 KiB, which shared memory holds,
+all of it tens of megabytes. A block of 16 elements is one 32-byte sector, the smallest access to
+memory, so blocks can be read in any order. ``count_cells`` and ``list_cells`` make the sparse form.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import functools
 
 import torch
 
-COLUMNS = 8192  # 64 octaves of bfloat16 below the block's amax; column 0 counts zeros
+from . import histogram
+
+COLUMNS = histogram.COLUMNS[torch.bfloat16]
 FEW_BLOCKS = 256  # rows with fewer are added to the table directly: clearing bins would cost more
 TILE = 4096  # blocks sorted at a time
 SORT_THREADS, PAIR_THREADS, CELL_THREADS = 512, 512, 256
