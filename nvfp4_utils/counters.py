@@ -22,7 +22,7 @@ from .device_histogram import (
     block_codes,
     unplaced_blocks,
 )
-from .histogram import add_rest, count_nonfinite
+from .histogram import CODE_BITS, add_rest, count_nonfinite, count_sorted, merge_counts
 from .quantize import BLOCK_SIZE, check_tensor, nonfinite_error
 from .statistics import ActivationStatistics
 
@@ -149,13 +149,24 @@ class DeviceCounter:
         """The statistic; waits for the device."""
         self._settle()
         self.flush()
-        if self.rest:
-            self.statistics.update(torch.cat(self.rest).view(torch.bfloat16))
+        if self.rest and self.window is not None:
+            self._add_rest(torch.cat(self.rest), *self.window)
         if self.zero_blocks:
             keys, counts = self.statistics.keys, self.statistics.counts
             found = add_rest(keys, counts, self.zero_blocks, keys.new_empty(0, BLOCK_SIZE))
             self.statistics = ActivationStatistics(torch.bfloat16, *found)
         return self.statistics if len(self.statistics.keys) else ActivationStatistics()
+
+    def _add_rest(self, blocks: torch.Tensor, base: int, rows: int) -> None:
+        """Count blocks that had no place: most lie before or after all that had one."""
+        found = torch.stack(count_sorted(blocks.cpu() & 0x7FFF))
+        edges = torch.tensor([base << CODE_BITS, (base + rows) << CODE_BITS])
+        low, high = torch.searchsorted(found[0], edges).tolist()
+        found = found.to(blocks.device)
+        known = torch.stack([self.statistics.keys, self.statistics.counts]).to(blocks.device)
+        keys, counts = torch.cat([found[:, :low], known, found[:, high:]], dim=1)
+        keys, counts = merge_counts(keys, counts, *found[:, low:high])
+        self.statistics = ActivationStatistics(torch.bfloat16, keys, counts)
 
 
 def _version(x: torch.Tensor) -> int:

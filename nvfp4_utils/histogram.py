@@ -120,11 +120,11 @@ def add_rest(keys, counts, zero_blocks: int, rest: torch.Tensor):
         keys = torch.cat([torch.zeros_like(zeros), keys])
         counts = torch.cat([zeros, counts])
     if len(rest):
-        keys, counts = merge_counts(keys, counts, *_count_sorted(rest & 0x7FFF))
+        keys, counts = merge_counts(keys, counts, *count_sorted(rest & 0x7FFF))
     return keys, counts
 
 
-def _count_sorted(codes: torch.Tensor):
+def count_sorted(codes: torch.Tensor):
     """The joint histogram of codes [n, 16], by sorting them."""
     keys = counts = torch.zeros(0, dtype=torch.int64, device=codes.device)
     for part in codes.split(2**18):
