@@ -61,7 +61,7 @@ capture: .venv/.book ## Capture statistics: MODEL=path-or-id DATASET=mix[,mix] R
 		--calibration $(CALIBRATION) --test $(TEST)
 
 MIXES := open-sft-seven,open-news-instruct,open-chat-only,open-code-only,open-math-only,open-multilingual-only,open-chinese-only
-results: .venv/.book ## Capture what results/ holds again, into build/results: needs the corpora and a CUDA GPU
+recapture: .venv/.book ## Capture what results/ holds again, into build/results: needs the corpora and a CUDA GPU
 	$(BIN)/python -m nvfp4_utils.capture_run --model models/reference --dataset $(MIXES) \
 		--calibration 1024 --test 256 --windows 2 --allow-shortfall --out build/results/reference
 	$(BIN)/python -m nvfp4_utils.synthetic --out build/results/synthetic
