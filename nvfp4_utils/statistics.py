@@ -55,6 +55,19 @@ def _rank(p: float, n: int) -> int:
     return max(1, min(n, round(p / 100 * n)))
 
 
+def _prefix_sum(values: torch.Tensor) -> torch.Tensor:
+    """0 and the running sums of nonnegative float64 values, as if summed exactly and rounded once.
+
+    Multiples of a grid 2**52 times finer than the total add up without rounding, in any order; what
+    the grid leaves over is so small that its own rounding is lost in the result's.
+    """
+    _, exponent = torch.frexp(values.sum())
+    grid = torch.ldexp(torch.ones_like(values[:1]), exponent - 52)
+    multiples = torch.round(values / grid) * grid
+    total = multiples.cumsum(0) + (values - multiples).cumsum(0)
+    return torch.cat([torch.zeros_like(total[:1]), total])
+
+
 class Marginals:
     """The two marginals of the joint histogram: what a calibration policy may look at.
 
@@ -274,17 +287,12 @@ class ActivationStatistics:
 
     @cached_property
     def _prefix_sums(self):
-        """Rows (block codes, first pair of each) and per-row prefix sums of n, n x and n x**2."""
+        """Rows (block codes, first pair of each) and prefix sums of n, n x and n x**2."""
         rows, sizes = torch.unique_consecutive(self.block_codes, return_counts=True)
         starts = torch.cumsum(sizes, 0) - sizes
-        x = codes_to_values(self.element_codes, self.dtype).cpu().numpy()
-        n = self.counts.cpu().numpy().astype(np.float64)
-        sums = []
-        for power in (n, n * x, n * x * x):
-            # Extended precision keeps small rows exact beside large ones in one running sum.
-            total = np.concatenate([[0], np.cumsum(power, dtype=np.longdouble)])
-            sums.append(torch.from_numpy(total.astype(np.float64)))
-        return rows, starts, sizes, [s.to(self.keys.device) for s in sums]
+        x = codes_to_values(self.element_codes, self.dtype)
+        n = self.counts.to(torch.float64)
+        return rows, starts, sizes, [_prefix_sum(power) for power in (n, n * x, n * x * x)]
 
     def _squared_error(self, scales, underflow, out_dtype) -> torch.Tensor:
         rows, _, _, sums = self._prefix_sums
