@@ -106,11 +106,14 @@ def table_to_sparse(table: torch.Tensor, base: int) -> tuple[torch.Tensor, torch
     """Sorted keys and counts of a table [rows, columns] whose first row is code ``base``."""
     flat, columns = table.view(-1), table.shape[1]
     cells = flat.nonzero().view(-1)
-    block = torch.div(cells, columns, rounding_mode="floor")
-    column = cells - block * columns
-    block += base
-    element = torch.where(column == 0, 0, column + block - (columns - 1))
-    return block << CODE_BITS | element, flat[cells].to(torch.int64)
+    row = cells >> columns.bit_length() - 1  # a power of two
+    # block << 15 | element, with block = base + row and element = block - (columns - 1) + column.
+    keys = row * ((1 << CODE_BITS) + 1 - columns)
+    keys += cells
+    keys += base * ((1 << CODE_BITS) + 1) - (columns - 1)
+    zeros = (cells & columns - 1 == 0).nonzero()
+    keys[zeros] = row[zeros] + base << CODE_BITS
+    return keys, flat[cells].to(torch.int64)
 
 
 def add_rest(keys, counts, zero_blocks: int, rest: torch.Tensor):
