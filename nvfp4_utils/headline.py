@@ -135,8 +135,6 @@ def advice(name: str = "") -> str:
             f"{worst['amax']:.1f} dB"
         )
     points = (
-        "Between the largest block amax $B_{max}$ and $28672\\,B_{min}$ the error is the same at every "
-        "scale, up to a ripple that repeats each octave.\n",
         "**Use the room above.** Amax sits at the lower end of that window: whatever lies beyond it "
         "saturates. `headroom` places the scale octaves higher. Measured: "
         f"{n['headroom_gain']:+.3f} dB on the text it was calibrated on{elsewhere}.",
@@ -153,7 +151,7 @@ def advice(name: str = "") -> str:
         f"four-over-six gains {n['four']:.2f} dB on average, at {n['four_sites']} of {n['sites']} "
         "sites.",
     )
-    return "\n- ".join(points)
+    return "\n".join(f"- {point}" for point in points)
 
 
 def scope(name: str = "") -> str:

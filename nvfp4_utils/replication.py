@@ -72,7 +72,7 @@ def _synthetic_row(name, quantity, published, ours, drawn, tolerance):
             "the study does not name its ten channels; ours were chosen to match, and random ones "
             f"range from {drawn.min():.2f} to {drawn.max():.2f} dB"
         )
-    return name, f"{quantity}, SNR (dB)", published, ours, ours - published, verdict, reason
+    return name, quantity, published, ours, ours - published, verdict, reason
 
 
 def outlier_rows(tolerance: float) -> pd.DataFrame:
