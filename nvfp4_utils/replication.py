@@ -60,18 +60,11 @@ def _synthetic_row(name, quantity, published, ours, drawn, tolerance):
     else:
         verdict = DIFFERS
         inside = low - tolerance <= published <= high + tolerance
-        reason = (
-            f"the draw: {drawn.nunique()} other seeds range from {low:.2f} to {high:.2f} dB"
-            if inside
-            else f"outside the range of other seeds, {low:.2f} to {high:.2f} dB"
-        )
+        reason = f"{'draw' if inside else 'outside'}: other seeds {low:.2f} to {high:.2f}"
     if name == "per_channel_outlier":
         # Our fixed channels were chosen among draws that match, so agreement would prove nothing.
         verdict = NOT_COMPARABLE
-        reason = (
-            "the study does not name its ten channels; ours were chosen to match, and random ones "
-            f"range from {drawn.min():.2f} to {drawn.max():.2f} dB"
-        )
+        reason = f"channels unnamed: random ones {drawn.min():.2f} to {drawn.max():.2f}"
     return name, quantity, published, ours, ours - published, verdict, reason
 
 
@@ -83,9 +76,7 @@ def outlier_rows(tolerance: float) -> pd.DataFrame:
         for policy, mse in ours.items():
             apart = abs(float(analysis.db(mse / known[policy])))
             verdict = REPRODUCED if apart <= tolerance else DIFFERS
-            reason = "set-up inferred from the oracle's errors: one fifth of the rows grows"
-            if verdict == DIFFERS:
-                reason += "; clipping depends on the calibration sample's amax"
+            reason = "" if verdict == REPRODUCED else "clipping at another sample's amax"
             rows.append(("unseen outliers", f"growth {known['growth']:g}, {policy}, MSE", known[policy],
                          mse, mse - known[policy], verdict, reason))  # fmt: skip
     return _table(rows)
