@@ -30,6 +30,8 @@ SITES = {
     "down_proj_input": r"mlp\.down_proj|(?<=\d\.)output\.dense",
 }
 
+CLOSED_BYTES = 2**32  # of tables of complete groups that have not been turned sparse
+
 
 @dataclass
 class SiteStatistics:
@@ -53,6 +55,9 @@ class SiteStatistics:
 class _Counter:
     """One statistic, updated at once; bfloat16 on a CUDA device has ``DeviceCounter`` instead."""
 
+    next_window = None
+    table_bytes = 0
+
     def __init__(self) -> None:
         self.statistics = ActivationStatistics()
 
@@ -64,50 +69,66 @@ class _Counter:
         magnitude = x.abs() if keep is None else x.abs().masked_fill(~keep[..., None], 0)
         return magnitude.flatten(1).amax(dim=1)
 
-    next_window = None
-
     def close(self) -> None:
         """Nothing comes after."""
 
     def flush(self) -> None:
-        """Nothing is kept elsewhere."""
+        """There is no table to turn sparse."""
 
     def finish(self) -> ActivationStatistics:
         """The statistic."""
         return self.statistics
 
 
-@dataclass
-class _Site:
-    """A site while it is counted: a counter a group, and amax of sequences."""
+class _Counters:
+    """Counters of every site and group, and the amax of every sequence, while a model runs."""
 
-    counters: list = field(default_factory=list)
-    closed: int = 0  # of the counters, the first so many
-    flushed: int = 0
-    amaxes: list[torch.Tensor] = field(default_factory=list)
+    def __init__(self, group_size: int) -> None:
+        self.group_size = group_size
+        self.sites: dict[str, list] = {}  # a counter a group
+        self.amaxes: dict[str, list[torch.Tensor]] = {}
+        self.waiting: deque = deque()  # tensors whose reports have not been read
+        self.closed: deque = deque()  # counters of complete groups that still have a table
 
-    def start_group(self, x: torch.Tensor, waiting: deque) -> None:
+    def add(self, label: str, x: torch.Tensor, first: int, keep, padding: list[int]) -> None:
+        """Count ``x`` at a site; ``first``: sequences before it, ``padding``: tokens each has."""
+        counters = self.sites.setdefault(label, [])
+        start = 0
+        while start < len(x):
+            room = self.group_size - (first + start) % self.group_size
+            part = slice(start, start + room)
+            if (first + start) % self.group_size == 0:
+                self._start_group(counters, x)
+            mask = None if keep is None else keep[part]
+            amax = counters[-1].add(x[part], mask, sum(padding[part]))
+            self.amaxes.setdefault(label, []).append(amax)
+            start += room
+
+    def _start_group(self, counters: list, x: torch.Tensor) -> None:
+        window = None
+        if counters:
+            self._close(counters[-1])
+            window = counters[-1].next_window
         if x.is_cuda and x.dtype == torch.bfloat16:
             from .counters import DeviceCounter  # needs Triton
 
-            window = self.counters[-1].next_window if self.counters else None
-            self.counters.append(DeviceCounter(waiting, window))
+            counters.append(DeviceCounter(self.waiting, window))
         else:
-            self.counters.append(_Counter())
+            counters.append(_Counter())
 
-    def end_batch(self, complete: int) -> None:
-        """Close the first ``complete`` counters; flush those closed a batch ago."""
-        for counter in self.counters[self.flushed : self.closed]:
-            counter.flush()
-        self.flushed = self.closed
-        for counter in self.counters[self.closed : complete]:
-            counter.close()
-        self.closed = complete
+    def _close(self, counter) -> None:
+        """Free tables once they take much memory: the oldest, whose counting has long ended."""
+        counter.close()
+        self.closed.append(counter)
+        while sum(c.table_bytes for c in self.closed) > CLOSED_BYTES:
+            self.closed.popleft().flush()
 
-    def statistics(self, group_size: int) -> SiteStatistics:
-        self.end_batch(len(self.counters))
-        amax = torch.cat(self.amaxes).to(torch.float64).cpu()
-        return SiteStatistics(group_size, [counter.finish() for counter in self.counters], amax)
+    def finish(self, label: str) -> SiteStatistics:
+        """The site's statistics; waits for the device."""
+        counters = self.sites[label]
+        counters[-1].close()
+        amax = torch.cat(self.amaxes[label]).to(torch.float64).cpu()
+        return SiteStatistics(self.group_size, [counter.finish() for counter in counters], amax)
 
 
 def find_sites(model: nn.Module, sites: Sequence[str]) -> dict[str, nn.Module]:
@@ -211,25 +232,14 @@ def capture(
     if group_size < 1:
         raise ValueError(f"group_size is {group_size}; expected at least 1 sequence.")
     device = next(model.parameters()).device
-    found_sites: dict[str, _Site] = {}
-    waiting: deque = deque()
+    counters = _Counters(group_size)
     mask: torch.Tensor | None = None  # of this batch, on the device
     padding: list[int] = []  # tokens a sequence of this batch
     first = 0  # sequences seen before this batch
 
     def count(label: str, x: torch.Tensor) -> None:
-        site = found_sites.setdefault(label, _Site())
         keep = mask.bool().to(x.device) if mask is not None else None
-        start = 0
-        while start < len(x):
-            room = group_size - (first + start) % group_size
-            part = slice(start, start + room)
-            if (first + start) % group_size == 0:
-                site.start_group(x, waiting)
-            site.amaxes.append(
-                site.counters[-1].add(x[part], None if keep is None else keep[part], sum(padding[part]))
-            )
-            start += room
+        counters.add(label, x, first, keep, padding)
 
     with torch.no_grad(), hooked(model, sites, count) as found:
         for batch in tqdm(batches, desc="capture", unit="batch", disable=not progress):
@@ -241,11 +251,9 @@ def capture(
             # The head's logits are not needed, only the layers' inputs.
             getattr(model, "model", model)(**inputs)
             first += len(inputs["input_ids"])
-            for site in found_sites.values():
-                site.end_batch(len(site.counters) - (first % group_size > 0))
-    if not found_sites:
+    if not counters.sites:
         raise ValueError(
             f"no batch reached the sites {list(found)[:4]}; expected at least one batch of "
             "sequences. The dataset may have ended early."
         )
-    return {label: found_sites[label].statistics(group_size) for label in found if label in found_sites}
+    return {label: counters.finish(label) for label in found if label in counters.sites}

@@ -45,7 +45,8 @@ class DeviceCounter:
     Counts are in a dense table until ``close``. ``waiting``, which counters share, keeps a tensor
     until its report has arrived; NaN and infinity raise then. ``window`` (base, rows) is the
     table's range of block amax codes; without one, the first tensor is counted when its own range
-    has arrived. Blocks without a place in the table are kept, and counted by ``finish``.
+    has arrived, so a model must not overwrite that tensor by means PyTorch does not see. Blocks
+    without a place in the table are kept, and counted by ``finish``.
     """
 
     def __init__(self, waiting: deque, window: tuple[int, int] | None = None):
@@ -135,6 +136,11 @@ class DeviceCounter:
             with torch.cuda.device(report.device):
                 self.table.measure(report)
                 self.cells = _to_host(report)
+
+    @property
+    def table_bytes(self) -> int:
+        """Device memory of the table."""
+        return 0 if self.table is None else self.table.counts.nbytes
 
     def flush(self) -> None:
         """Move the counts of a closed table to the sparse statistic; frees the table."""
