@@ -23,7 +23,7 @@ import torch
 from . import corpora
 from .benchmark import Table
 from .capture import SITES, capture
-from .capture_run import _pool_tables, _write
+from .capture_run import pool_tables, write_table
 from .results import ROOT
 from .scoring import policy_amaxes
 
@@ -102,11 +102,11 @@ def time_capture(table: Table, model, folder: Path) -> None:
     captured = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         path = Path(name)
-        marginals, sequences = _pool_tables("calibration", sites, ["open text"] * SEQUENCES)
-        _write(marginals, path / "marginals.parquet")
-        _write(sequences, path / "sequences.parquet")
+        marginals, sequences = pool_tables("calibration", sites, ["open text"] * SEQUENCES)
+        write_table(marginals, path / "marginals.parquet")
+        write_table(sequences, path / "sequences.parquet")
         rows = [(k, p, a) for k, s in sites.items() for p, a in policy_amaxes(s.total.marginals).items()]
-        _write(
+        write_table(
             pd.DataFrame(rows, columns=["site", "policy", "calibrated_amax"]), path / "policies.parquet"
         )
         for label, site in sites.items():

@@ -44,7 +44,7 @@ def _marginal_rows(site: str, pool: str, m: Marginals) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def _pool_tables(pool: str, sites: dict[str, SiteStatistics], source: list[str]):
+def pool_tables(pool: str, sites: dict[str, SiteStatistics], source: list[str]):
     """Marginals and per-sequence amax of one pool."""
     marginals = pd.concat(_marginal_rows(k, pool, s.total.marginals) for k, s in sites.items())
     sequences = pd.concat(
@@ -55,7 +55,7 @@ def _pool_tables(pool: str, sites: dict[str, SiteStatistics], source: list[str])
     return marginals, sequences
 
 
-def _write(table: pd.DataFrame, path: Path) -> None:
+def write_table(table: pd.DataFrame, path: Path) -> None:
     for name in ("site", "pool", "level", "source", "calibration", "policy", "underflow"):
         if name in table:
             table[name] = table[name].astype("category")
@@ -80,14 +80,14 @@ def _calibration_stage(model, texts, path: Path, *, group: int, batch: int, draw
     subsets = SubsetMarginals(len(tokens), draws, device)
     with hooked(model, tuple(SITES), subsets.count):
         sites = _capture(model, tokens, group, batch)
-    marginals, sequences = _pool_tables("calibration", sites, texts.calibration_source)
-    _write(marginals, path / "calibration_marginals.parquet")
-    _write(sequences, path / "calibration_sequences.parquet")
-    _write(subsets.table(scoring.policy_amaxes), path / "calibration_subsets.parquet")
+    marginals, sequences = pool_tables("calibration", sites, texts.calibration_source)
+    write_table(marginals, path / "calibration_marginals.parquet")
+    write_table(sequences, path / "calibration_sequences.parquet")
+    write_table(subsets.table(scoring.policy_amaxes), path / "calibration_subsets.parquet")
     rows = [(k, p, a) for k, s in tqdm(sites.items(), desc="calibrate")
             for p, a in scoring.calibrate(s.total).items()]  # fmt: skip
     columns = ["site", "policy", "calibrated_amax"]
-    _write(pd.DataFrame(rows, columns=columns), path / "policies.parquet")
+    write_table(pd.DataFrame(rows, columns=columns), path / "policies.parquet")
 
 
 def _test_stage(
@@ -96,10 +96,10 @@ def _test_stage(
 ) -> None:  # fmt: skip
     """Score every calibration on one mix's test pool. ``errors.parquet`` is written last."""
     sites = _capture(model, texts.test, test_group, batch)
-    marginals, sequences = _pool_tables("test", sites, texts.test_source)
+    marginals, sequences = pool_tables("test", sites, texts.test_source)
     for name, table in (("marginals", marginals), ("sequences", sequences)):
         before = _calibration_table(path, name)
-        _write(pd.concat([before, table]), path / f"{name}.parquet")
+        write_table(pd.concat([before, table]), path / f"{name}.parquet")
     subsets = _calibration_table(path, "subsets")
 
     def score(site: str):
@@ -130,14 +130,14 @@ def _test_stage(
     if mix in window_mixes:
         # float32: a single window's error is wanted to 7 digits, and the files travel with the book
         floats = dict.fromkeys(windows.columns[2:], np.float32)
-        _write(windows.astype(floats), path / "windows.parquet")  # type: ignore[arg-type]
+        write_table(windows.astype(floats), path / "windows.parquet")  # type: ignore[arg-type]
     for site in featured:
         sites[site].total.save(path / f"joint.{site}.parquet")
     for name, table in zip(("groups", "curves", "subsets"), tables, strict=True):
-        _write(pd.concat(table), path / f"{name}.parquet")
+        write_table(pd.concat(table), path / f"{name}.parquet")
     per_group = test_group * texts.test.shape[1] // direct.window
     by_window = scoring.window_group_errors(windows, calibrations, mix, per_group)
-    _write(pd.concat([*errors, by_window]), path / "errors.parquet")
+    write_table(pd.concat([*errors, by_window]), path / "errors.parquet")
 
 
 def _window_menu(calibrations: dict, oracle: dict, mix: str, window_mixes: list[str]) -> dict:
