@@ -62,7 +62,7 @@ def _prefix_sum(values: torch.Tensor) -> torch.Tensor:
     the grid leaves over is so small that its own rounding is lost in the result's.
     """
     _, exponent = torch.frexp(values.sum())
-    grid = torch.ldexp(torch.ones_like(values[:1]), exponent - 52)
+    grid = (exponent.to(torch.int64) + (1023 - 52) << 52).view(torch.float64)  # 2**(exponent - 52)
     multiples = torch.round(values / grid) * grid
     total = multiples.cumsum(0) + (values - multiples).cumsum(0)
     return torch.cat([torch.zeros_like(total[:1]), total])
