@@ -60,12 +60,13 @@ def _synthetic_row(name, quantity, published, ours, drawn, tolerance):
     else:
         verdict = DIFFERS
         inside = low - tolerance <= published <= high + tolerance
-        reason = f"{'draw' if inside else 'outside'}: other seeds {low:.2f} to {high:.2f}"
+        reason = f"{'draw' if inside else 'outside'}, {low:.2f} to {high:.2f}"
     if name == "per_channel_outlier":
         # Our fixed channels were chosen among draws that match, so agreement would prove nothing.
         verdict = NOT_COMPARABLE
-        reason = f"channels unnamed: random ones {drawn.min():.2f} to {drawn.max():.2f}"
-    return name, quantity, published, ours, ours - published, verdict, reason
+        reason = f"channels, {drawn.min():.2f} to {drawn.max():.2f}"
+    difference = None if verdict == NOT_COMPARABLE else ours - published
+    return name, quantity, published, ours, difference, verdict, reason
 
 
 def outlier_rows(tolerance: float) -> pd.DataFrame:
