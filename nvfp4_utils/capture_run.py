@@ -5,7 +5,8 @@
     python -m nvfp4_utils.capture_run --model models/reference --dataset python-library --run try
 
 First every mix's calibration pool, then every mix's test pool, on which all calibrations are
-scored. A mix that is done is skipped when the command is repeated.
+scored. A mix that is done is skipped when the command is repeated; with more mixes, every test pool is
+scored again, by the new calibrations too.
 """
 
 from __future__ import annotations
@@ -140,6 +141,14 @@ def _test_stage(
     write_table(pd.concat([*errors, by_window]), path / "errors.parquet")
 
 
+def _scored(path: Path, mixes: list[str]) -> bool:
+    """Whether a test pool has been scored with the calibrations of all mixes."""
+    file = path / "errors.parquet"
+    return file.exists() and set(mixes) <= set(
+        pd.read_parquet(file, columns=["calibration"]).calibration
+    )
+
+
 def _window_menu(calibrations: dict, oracle: dict, mix: str, window_mixes: list[str]) -> dict:
     """What is scored window by window: two policies always, all of them where windows are kept."""
     own = calibrations[mix]
@@ -202,7 +211,7 @@ def capture_run(
             calibrations.setdefault(str(site), {})[mix] = values
     chosen = featured if featured is not None else default_featured(list(calibrations))
     for number, mix in enumerate(mixes):
-        if not (path / mix / "errors.parquet").exists():
+        if not _scored(path / mix, mixes):
             print(f"test pool of {mix}", flush=True)
             _test_stage(
                 model, texts[mix], path / mix, calibrations, mix, test_group=test_group, batch=batch,

@@ -206,6 +206,13 @@ def test_an_incomplete_run_resumes_to_the_same_bytes(runs):
     assert first == second
 
 
+def test_a_mix_that_is_added_later_is_scored_on_the_old_test_pools(runs):
+    grown = runs / "grown"
+    capture_run(str(runs / "model"), MIXES[:1], grown, commit="none", window_mixes=1, **SETTINGS)
+    capture_run(str(runs / "model"), MIXES, grown, commit="none", window_mixes=1, **SETTINGS)
+    assert contents(grown) == contents(runs / "tiny")
+
+
 def test_provenance_names_what_a_result_came_from(run):
     info = run.info["provenance"]
     assert info["commit"] == "none"
