@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from . import analysis, extremes, plots, regimes, synthetic
+from . import analysis, extremes, plots, reference, regimes, synthetic
 from .quantize import UNDERFLOWS
 from .results import ROOT, Run
 
@@ -156,8 +156,13 @@ def advice(name: str = "") -> str:
 def scope(name: str = "") -> str:
     """What the numbers are measured on."""
     n = numbers(name)
+    about = ""
+    if Run(name).info["model"] == str(reference.MODEL.relative_to(ROOT)):
+        size = reference.read_json("training.json")["parameters"] / 1e6
+        about = f" ({size:.1f}M parameters, Qwen3.5 architecture, trained for this book)"
     return (
-        f"Scope: {n['sites']} sites (every linear layer's input) of the {n['model']}, mix {n['mix']}, "
+        f"Scope: {n['sites']} sites (every linear layer's input) of the {n['model']}{about}, "
+        f"mix {n['mix']}, "
         f"{n['test']} test sequences of 512 tokens, float32 output; the spike is synthetic, N(0, 1). "
         "Accuracy on tasks and models of "
         "billions of parameters are not measured here."
