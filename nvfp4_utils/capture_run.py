@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -74,6 +75,13 @@ def _calibration_table(folder: Path, name: str) -> pd.DataFrame:
     return table[table.pool == "calibration"] if "pool" in table else table
 
 
+def _each(function: Callable, sites: list[str], what: str) -> list:
+    """``function`` of every site, several at once: its operations are small and release the lock."""
+    workers = 8 if torch.cuda.is_available() else torch.get_num_threads()
+    with ThreadPoolExecutor(workers) as pool:
+        return list(tqdm(pool.map(function, sites), total=len(sites), desc=what))
+
+
 def _calibration_stage(model, texts, path: Path, *, group: int, batch: int, draws: int) -> None:
     """Everything that a mix's calibration pool decides; nothing of the test pool is seen."""
     tokens = texts.calibration
@@ -85,8 +93,8 @@ def _calibration_stage(model, texts, path: Path, *, group: int, batch: int, draw
     write_table(marginals, path / "calibration_marginals.parquet")
     write_table(sequences, path / "calibration_sequences.parquet")
     write_table(subsets.table(scoring.policy_amaxes), path / "calibration_subsets.parquet")
-    rows = [(k, p, a) for k, s in tqdm(sites.items(), desc="calibrate")
-            for p, a in scoring.calibrate(s.total).items()]  # fmt: skip
+    found = _each(lambda site: scoring.calibrate(sites[site].total), list(sites), "calibrate")
+    rows = [(k, p, a) for k, amaxes in zip(sites, found, strict=True) for p, a in amaxes.items()]
     columns = ["site", "policy", "calibrated_amax"]
     write_table(pd.DataFrame(rows, columns=columns), path / "policies.parquet")
 
@@ -115,9 +123,7 @@ def _test_stage(
             scoring.score_subsets(own, total),
         )
 
-    # On a GPU the host's part of the work is what takes time; on a CPU every thread is busy anyway.
-    with ThreadPoolExecutor(8 if torch.cuda.is_available() else 1) as pool:
-        scored = list(tqdm(pool.map(score, sites), total=len(sites), desc="score"))
+    scored = _each(score, list(sites), "score")
     oracles, errors, *tables = zip(*scored, strict=True)
     menu = {
         site: _window_menu(calibrations[site], oracle, mix, window_mixes)

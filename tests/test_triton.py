@@ -150,3 +150,10 @@ def test_nan_and_infinity_are_found_by_the_histogram(bad):
     x[299, 15] = bad
     with pytest.raises(ValueError, match=r"^x holds 1 values that are NaN or infinite;"):
         device_histogram.count_on_device(x.to(DEVICE).view(torch.int16), BF16)
+
+
+def test_the_pinned_pytorch_has_the_private_names_that_the_cuda_kernels_use():
+    utils = torch.cuda._utils
+    assert callable(torch.cuda._compile_kernel) and callable(utils._get_gpu_runtime_library)
+    assert callable(utils._CudaKernel.set_shared_memory_config)
+    assert "func" in utils._CudaKernel(None, None).__dict__
