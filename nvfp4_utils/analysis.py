@@ -101,14 +101,19 @@ def curve_snr(run: Run, mix: str, site: str, underflow: str, amaxes) -> np.ndarr
     return db(power / mse)
 
 
+def sequence_amaxes(run: Run, mix: str, site: str) -> np.ndarray:
+    """The calibration pool's sequence amaxes at a site, in the pool's order."""
+    table = run.sequences(mix)
+    table = table[(table.site == site) & (table.pool == "calibration")]
+    return table.sort_values("sequence").amax.to_numpy()
+
+
 def size_curve(
     run: Run, mix: str, site: str, underflow: str = "flush", *, draws: int = 500, seed: int = 0
 ) -> pd.DataFrame:
     """Amax calibration on random subsets of 1, 2, 4 ... sequences: columns n, amax, snr_db and
     their 5 % and 95 % quantiles over independent draws."""
-    sequences = run.sequences(mix)
-    pick = (sequences.site == site) & (sequences.pool == "calibration")
-    amax = sequences[pick].sort_values("sequence").amax.to_numpy()
+    amax = sequence_amaxes(run, mix, site)
     generator = np.random.default_rng(seed)
     sizes = [2**k for k in range(int(np.log2(len(amax))) + 1)]
     if sizes[-1] != len(amax):
@@ -131,14 +136,11 @@ def subset_curves(run: Run, mix: str) -> pd.DataFrame:
     """
     table = run.subsets(mix)
     columns = {"draws": table.draw.nunique()}
-    errors = run.errors(mix)
-    counts = run.groups(mix).set_index(["site", "group"])["count"]
+    counts = run.groups(mix).groupby("site", observed=True)["count"].sum()
     for convention in ("flush", "floor"):
-        oracle = errors[(errors.policy == "oracle") & (errors.underflow == convention)]
-        oracle = oracle.set_index(["site", "group"]).mse
-        best = (oracle * counts).groupby("site", observed=True).sum()
-        best = best / counts.groupby("site", observed=True).sum()
-        columns[f"gap_{convention}"] = db(table[f"mse_{convention}"] / best[table.site].to_numpy())
+        sums = pooled(run, mix, convention)
+        best = table.site.map({s: sums[s]["test", "oracle"][0] / counts[s] for s in sums}).astype(float)
+        columns[f"gap_{convention}"] = db(table[f"mse_{convention}"] / best)
     gaps = table.assign(**columns)
     names = ["gap_flush", "gap_floor", "draws"]
     return gaps.groupby(["policy", "n"], observed=True)[names].mean().reset_index()

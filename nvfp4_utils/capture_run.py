@@ -130,9 +130,10 @@ def _test_stage(
         for site, oracle in zip(sites, oracles, strict=True)
     }
     direct = scoring.WindowErrors(menu, min(WINDOW, texts.test.shape[1]))
+    device = next(model.parameters()).device
     with torch.inference_mode(), hooked(model, tuple(SITES), direct.count):
         for part in tqdm(texts.test.long().split(batch), desc="windows", unit="batch"):
-            getattr(model, "model", model)(input_ids=part.to(next(model.parameters()).device))
+            getattr(model, "model", model)(input_ids=part.to(device))
     windows = direct.table()
     if mix in window_mixes:
         # float32: a single window's error is wanted to 7 digits, and the files travel with the book

@@ -14,9 +14,6 @@ import torch
 
 ROW = 1024  # elements a row: channels of the per-channel case, one token of the per-token case
 CHUNK_ROWS = 4096  # 2^22 elements at a time keep the FP32 temporaries under 100 MB
-TEST_SEED = 12345
-TEST_COUNT = 2**20
-CALIBRATION_SEEDS = (100, 101, 102)
 SPLITS = ("calibration", "test")
 
 # Drawn once at random. Their placement matters: 683 and 684 share a block of 16 (26.6 dB at best,

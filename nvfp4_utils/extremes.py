@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import genpareto
 
-from .analysis import curve_snr
+from .analysis import curve_snr, sequence_amaxes
 from .results import Run
 
 THRESHOLD = 0.8  # quantile of the sequence amaxes above which the tail is fitted
@@ -83,13 +83,6 @@ def _tail_or_none(amaxes: np.ndarray) -> Tail | None:
         return fit_tail(amaxes)
     except ValueError:
         return None  # the tables say NaN
-
-
-def sequence_amaxes(run: Run, mix: str, site: str) -> np.ndarray:
-    """The calibration pool's sequence amaxes at a site, in the pool's order."""
-    table = run.sequences(mix)
-    table = table[(table.site == site) & (table.pool == "calibration")]
-    return table.sort_values("sequence").amax.to_numpy()
 
 
 def growth_table(run: Run, mix: str, share: float = 0.9) -> pd.DataFrame:

@@ -123,11 +123,11 @@ def dataset_rows(run: Run) -> pd.DataFrame:
     rows = []
     for name, known in synthetic.published()["per_dataset"].items():
         mix = _mix_of(name)
+        table = analysis.policy_snr(run, mix, CONVENTION).set_index(["site", "policy"])
         for layer, values in known["layers"].items():
             site = site_of(run, int(layer))
             test = run.marginals(mix, site, "test")
-            best = analysis.policy_snr(run, mix, CONVENTION)
-            best = best[(best.site == site) & (best.policy == "oracle")].iloc[0]
+            best = table.loc[site, "oracle"]
             ours = {
                 "capture_amax": run.marginals(mix, site).amax,
                 "test_amax": test.amax,
@@ -188,15 +188,12 @@ def shared_test_rows(run: Run) -> pd.DataFrame:
     site = site_of(run, 0)
     count = run.marginals(test, site, "test").count
     rows.append(_not_comparable("shared test", "test elements", known["test_elements"], count, test))
+    table = analysis.policy_snr(run, test, CONVENTION).set_index(["site", "policy"])
     for row in known["rows"]:
         site = site_of(run, row["layer"])
         found: dict[str, float] | None
         if row["combo"] == "oracle":
-            best = (
-                analysis.policy_snr(run, test, CONVENTION)
-                .set_index(["site", "policy"])
-                .loc[site, "oracle"]
-            )
+            best = table.loc[site, "oracle"]
             power = run.marginals(test, site, "test").signal_power
             mse = power / 10 ** (best.snr_db / 10)
             found = {"amax_mean": best.calibrated_amax, "mse": mse, "snr_db": best.snr_db}

@@ -7,14 +7,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from .analysis import curve_snr, db
-from .extremes import sequence_amaxes
+from .analysis import curve_snr, db, sequence_amaxes
 from .results import Run
 
 
-def window_gains(
-    run: Run, mix: str, first: str, second: str, underflow: str, sites: list[str] | None = None
-) -> pd.DataFrame:
+def window_gains(run: Run, mix: str, first: str, second: str, underflow: str) -> pd.DataFrame:
     """SNR of ``second`` minus ``first`` on every window of 256 tokens and on the whole pool.
 
     Columns: site, pool (dB, all windows together), mean, std, low, high (2.5 and 97.5 % of single
@@ -23,8 +20,6 @@ def window_gains(
     windows = run.windows(mix)
     rows = []
     for site, table in windows.groupby("site", observed=True, sort=False):
-        if sites is not None and site not in sites:
-            continue
         a, b = (table[f"{name} {underflow}"] for name in (first, second))
         gain = db((a / b).to_numpy())
         pool = float(db(a.sum() / b.sum()))

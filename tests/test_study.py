@@ -57,7 +57,7 @@ def test_tail_needs_excesses_that_differ():
 def test_first_passage_is_that_of_random_orders(run):
     site = "layers.6.down_proj_input"
     table = extremes.growth_table(run, run.featured_mix).set_index("site")
-    amaxes = extremes.sequence_amaxes(run, run.featured_mix, site)
+    amaxes = analysis.sequence_amaxes(run, run.featured_mix, site)
     generator = np.random.default_rng(0)
     target = 0.9 * amaxes.max()
     first = [1 + int((generator.permutation(amaxes) >= target).argmax()) for _ in range(3000)]
