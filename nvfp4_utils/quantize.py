@@ -19,7 +19,8 @@ AMAX_PER_SCALE = E2M1_MAX * E4M3_MAX  # 2688: the largest magnitude at input_sca
 # Four Over Six puts the amax at 6 * 256, so that a block may also be scaled to 4: 1.5 * 256 = 384 is
 # an E4M3 number, 1.5 * 448 is beyond the largest. 448 / 256 of the amax gives its scale.
 FOUR_OVER_SIX_ROOM = E4M3_MAX / 256.0
-FP32_MIN_NORMAL = 2.0**-126
+# A scale must be normal in float32, and leave room for 8 times itself.
+LOWEST_SCALE, HIGHEST_SCALE = 2.0**-126, 2.0**124
 
 Underflow = Literal["flush", "floor"]
 UNDERFLOWS: tuple[Underflow, ...] = ("flush", "floor")
@@ -59,7 +60,7 @@ def input_scale_from_amax(amax):
 def check_scale(input_scale, *, name: str = "input_scale") -> None:
     """Refuse a scale that is not finite, positive and normal in float32."""
     scales = torch.as_tensor(input_scale, dtype=torch.float64)
-    bad = ~(torch.isfinite(scales) & (scales >= FP32_MIN_NORMAL) & (scales < 2.0**127 / 8))
+    bad = ~(torch.isfinite(scales) & (scales >= LOWEST_SCALE) & (scales < HIGHEST_SCALE))
     if bool(bad.any()):
         got = scales[bad].flatten()[0].item()
         raise ValueError(
@@ -214,7 +215,8 @@ def fake_quantize(
     """
     check_tensor(x)
     check_underflow(underflow)
-    check_scale(input_scale)
+    if not (x.is_cuda and torch.is_tensor(input_scale) and input_scale.is_cuda):
+        check_scale(input_scale)  # else the kernel does, so that the host need not wait twice
     scale = torch.as_tensor(input_scale, dtype=torch.float32, device=x.device).reshape(())
     out_dtype = out_dtype or x.dtype
     if out_dtype not in DTYPES:

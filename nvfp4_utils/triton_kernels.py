@@ -13,7 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .quantize import BLOCK_SIZE, Underflow, nonfinite_error
+from .quantize import (
+    BLOCK_SIZE,
+    HIGHEST_SCALE,
+    LOWEST_SCALE,
+    Underflow,
+    check_scale,
+    nonfinite_error,
+)
 
 BLOCKS = 128  # a program; more, or more warps, are slower on an H100
 
@@ -53,13 +60,17 @@ def ratio(a, step, reciprocal):
 @triton.jit
 def _fake_quantize_kernel(
     x_ptr, y_ptr, bad_ptr, scale_ptr, n_blocks,
-    FLOOR: tl.constexpr, DIVIDE: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+    LOWEST: tl.constexpr, HIGHEST: tl.constexpr, FLOOR: tl.constexpr, DIVIDE: tl.constexpr,
+    BLOCKS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     offset = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     inside = (block < n_blocks)[:, None]
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(scale_ptr)
+    if tl.program_id(0) == 0:
+        if not (g >= LOWEST and g < HIGHEST):  # NaN too
+            tl.store(bad_ptr + 1, 1)
     magnitude = tl.abs(x)
     # Integer maximum of the bits: NaN compares greater than every finite value.
     amax_bits = tl.max(magnitude.to(tl.int32, bitcast=True), axis=1)
@@ -92,10 +103,14 @@ def _fake_quantize_kernel(
 def launch(
     x: torch.Tensor, y: torch.Tensor, bad: torch.Tensor, input_scale: torch.Tensor, underflow: Underflow
 ) -> None:
-    """Fake-quantize contiguous ``x`` into ``y``; ``bad`` [1] becomes 1 for NaN or infinity."""
+    """Fake-quantize contiguous ``x`` into ``y``.
+
+    ``bad`` [2] becomes 1 where ``x`` has NaN or infinity, and where the scale is out of range.
+    """
     n_blocks = x.numel() // BLOCK_SIZE
     _fake_quantize_kernel[(triton.cdiv(n_blocks, BLOCKS),)](
         x, y, bad, input_scale, n_blocks,
+        LOWEST=LOWEST_SCALE, HIGHEST=HIGHEST_SCALE,
         FLOOR=underflow == "floor",
         # Triton's interpreter has no fused multiply-add, and float32 input is not checked.
         DIVIDE=x.dtype == torch.float32 or not x.is_cuda,
@@ -108,16 +123,19 @@ def fake_quantize_triton(
 ) -> torch.Tensor:
     """Run the kernel; the arguments are those ``fake_quantize`` has checked.
 
-    Raises ``ValueError`` for NaN or infinity in ``x``, found by the kernel itself.
+    Raises ``ValueError`` for NaN or infinity in ``x`` and for a scale out of range; the kernel finds
+    both, so the host waits once.
     """
     x = x.contiguous()
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     # In host memory: the kernel writes it when it must, and there is nothing to copy back.
-    bad = torch.zeros(1, dtype=torch.int32, pin_memory=x.is_cuda)
+    bad = torch.zeros(2, dtype=torch.int32, pin_memory=x.is_cuda)
     with torch.cuda.device_of(x):
         launch(x, y, bad, input_scale, underflow)
         if x.is_cuda:
             torch.cuda.current_stream().synchronize()
-    if bad.item():
+    if bad[1]:
+        check_scale(input_scale)
+    if bad[0]:
         raise nonfinite_error(int((~torch.isfinite(x)).sum()))
     return y

@@ -53,6 +53,13 @@ def test_nan_is_found_on_the_device():
         fake_quantize(x, 1.0)
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_a_scale_on_the_device_is_checked_there(bad):
+    x = torch.ones(64, 64, dtype=BF16, device="cuda")
+    with pytest.raises(ValueError, match=r"^input_scale is .*; expected a finite positive float32"):
+        fake_quantize(x, torch.tensor(bad, device="cuda"))
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_modelopt_triton_kernel_agrees_in_the_normal_range(dtype):
     module = pytest.importorskip("modelopt.torch.kernels.quantization.gemm.fp4_kernel_hopper")

@@ -124,6 +124,18 @@ def test_nan_and_infinity_are_found_by_the_kernel(dtype, bad):
         quantized(x, 1.0, "flush", BF16)
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf"), 2.0**-127, 2.0**124])
+def test_a_scale_out_of_range_is_found_by_the_kernel(bad):
+    message = f"input_scale is {bad}; expected a finite positive float32 in [2**-126, 2**124)."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        quantized(torch.ones(300, 16, dtype=BF16), bad, "flush", FP32)
+
+
+@pytest.mark.parametrize("good", [2.0**-126, float(np.nextafter(np.float32(2.0**124), np.float32(0)))])
+def test_the_first_and_the_last_scale_are_taken(good):
+    assert bool(torch.isfinite(quantized(torch.zeros(1, 16, dtype=BF16), good, "flush", FP32)).all())
+
+
 @pytest.mark.parametrize("rows, listed", [(4096, 2**16 - 6), (64, 2**16 - 6), (64, 7)])
 @pytest.mark.parametrize("name", ["gaussian", "regimes", "equal", "zeros", "relu", "one block"])
 def test_the_device_histogram_counts_every_pair(name, rows, listed, monkeypatch):
