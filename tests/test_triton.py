@@ -67,10 +67,7 @@ def test_rounding_on_codes_midpoints_neighbours_and_many_values(e4m3):
         (random.uniform(0, 8, 200_000)).astype(np.float32),
         np.array([1e-30, 2.0**-140], np.float32),
     ])  # fmt: skip
-    if e4m3:
-        values = np.minimum(values, np.float32(448))
-    else:
-        values = np.concatenate([values, np.array([1e20, 3.4e38], np.float32)])
+    values = np.minimum(values, np.float32(grid.max()))
     assert (rounded(values, e4m3) == nearest(values.astype(np.float64), grid)).all()
 
 
