@@ -237,15 +237,21 @@ def time_update(table: Table, kind: str, size: int) -> None:
 def time_versions(table: Table, kind: str, x: torch.Tensor) -> None:
     """The stages of the histogram, and the plainer kernels they replaced."""
     from . import cuda_kernels
-    from .device_histogram import JointTable, block_codes, count_pairs_triton
+    from .device_histogram import STATUS, JointTable, block_codes, count_pairs_triton, new_reports
 
     blocks = x.view(torch.int16).view(-1, BLOCK_SIZE)
-    codes, report = block_codes(blocks)
+    (report,) = new_reports(1, x.device)
+    codes = block_codes(blocks, report)
     counts = JointTable(report, cuda_kernels.MAX_ROWS).counts
+
+    def count(kernel: Callable) -> None:
+        report[STATUS:].zero_()
+        kernel(blocks, codes, report, counts, report[STATUS:])
+
     stages: dict[str, Callable] = {
-        "block_codes": lambda: block_codes(blocks),
-        "count_pairs": lambda: cuda_kernels.count_pairs(blocks, codes, report, counts),
-        "global_atomics": lambda: count_pairs_triton(blocks, codes, report, counts),
+        "block_codes": lambda: block_codes(blocks, report),
+        "count_pairs": lambda: count(cuda_kernels.count_pairs),
+        "global_atomics": lambda: count(count_pairs_triton),
     }
     if kind == "gaussian":
         stages["bincount"] = lambda: torch.bincount(blocks.view(-1) & 0x7FFF, minlength=2**15)

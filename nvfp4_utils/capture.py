@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,8 +88,9 @@ class _Counters:
         self.group_size = group_size
         self.sites: dict[str, list] = {}  # a counter a group
         self.amaxes: dict[str, list[torch.Tensor]] = {}
-        self.waiting: deque = deque()  # tensors whose reports have not been read
+        self.reports: Any = None  # of all ``DeviceCounter``
         self.closed: deque = deque()  # counters of complete groups that still have a table
+        self.closed_bytes = 0  # of these tables
 
     def add(self, label: str, x: torch.Tensor, first: int, keep, padding: list[int]) -> None:
         """Count ``x`` at a site; ``first``: sequences before it, ``padding``: tokens each has."""
@@ -110,9 +112,10 @@ class _Counters:
             self._close(counters[-1])
             window = counters[-1].next_window
         if x.is_cuda and x.dtype == torch.bfloat16:
-            from .counters import DeviceCounter  # needs Triton
+            from .counters import DeviceCounter, Reports  # need Triton
 
-            counters.append(DeviceCounter(self.waiting, window))
+            self.reports = self.reports or Reports()
+            counters.append(DeviceCounter(self.reports, window))
         else:
             counters.append(_Counter())
 
@@ -120,8 +123,11 @@ class _Counters:
         """Free tables once they take much memory: the oldest, whose counting has long ended."""
         counter.close()
         self.closed.append(counter)
-        while sum(c.table_bytes for c in self.closed) > CLOSED_BYTES:
-            self.closed.popleft().flush()
+        self.closed_bytes += counter.table_bytes
+        while self.closed_bytes > CLOSED_BYTES:
+            oldest = self.closed.popleft()
+            self.closed_bytes -= oldest.table_bytes
+            oldest.flush()
 
     def finish(self, label: str) -> SiteStatistics:
         """The site's statistics; waits for the device."""

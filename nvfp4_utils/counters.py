@@ -10,6 +10,7 @@ a tensor some tensors later, when it has long arrived.
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from .device_histogram import (
     JointTable,
     Status,
     block_codes,
+    new_reports,
     unplaced_blocks,
 )
 from .histogram import CODE_BITS, add_rest, count_nonfinite, count_sorted, merge_counts
@@ -28,29 +30,67 @@ from .statistics import ActivationStatistics
 
 ONE, OCTAVE = 0x3F80, 128  # the bfloat16 code of 1.0, and how many codes an octave has
 ROOM_BELOW, ROOM_ABOVE = 2 * OCTAVE, 2 * OCTAVE  # of a table's window around its first tensor
-WAITING = 8  # tensors that are kept until their reports have been read
+TOGETHER = 4  # reports that are cleared, and sent to the host, in one go
 MAX_ELEMENTS = 2**31 - 1  # counted into a table, whose counts have 32 bits
 
 
-def settle(waiting: deque, leave: int) -> None:
-    """Read the reports of all but the last ``leave`` tensors."""
-    while len(waiting) > leave:
-        counter, *report = waiting.popleft()
-        counter.read_report(*report)
+class Reports:
+    """What the kernels report of the tensors that counters count, and those tensors until then.
+
+    Reports travel to the host ``TOGETHER`` at a time, and are read when the next but one are sent.
+    """
+
+    def __init__(self) -> None:
+        self.sent: deque = deque()
+        self.rows: Any = None  # a tensor of the reports that are not sent yet
+        self.entries: list[tuple] = []  # counter and its tensors, one a row
+
+    def new(self, device: torch.device) -> torch.Tensor:
+        """A cleared report; ``append`` follows."""
+        if self.rows is not None and self.rows.device != device:
+            self._send()
+        if self.rows is None:
+            self.rows = new_reports(TOGETHER, device)
+        return self.rows[len(self.entries)]
+
+    def append(self, counter: DeviceCounter, *tensors) -> None:
+        """Keep what ``counter.read_report`` will need."""
+        counter.unread += 1
+        self.entries.append((counter, *tensors))
+        if len(self.entries) == TOGETHER:
+            self._send()
+
+    def settle(self, counter: DeviceCounter | None = None) -> None:
+        """Read what has long arrived, or all that a counter waits for."""
+        while len(self.sent) > 2 or (counter is not None and counter.unread):
+            self._read()
+
+    def _send(self) -> None:
+        self.sent.append((self.entries, _to_host(self.rows)))
+        self.rows, self.entries = None, []
+
+    def _read(self) -> None:
+        if not self.sent:
+            self._send()
+        entries, seen = self.sent.popleft()
+        for (counter, *tensors), status in zip(entries, _arrived(seen), strict=False):
+            counter.unread -= 1
+            counter.read_report(status, *tensors)
 
 
 class DeviceCounter:
     """One statistic of bfloat16 tensors on a CUDA device; the host waits for nothing but ``finish``.
 
-    Counts are in a dense table until ``close``. ``waiting``, which counters share, keeps a tensor
+    Counts are in a dense table until ``close``. ``reports``, which counters share, keeps a tensor
     until its report has arrived; NaN and infinity raise then. ``window`` (base, rows) is the
     table's range of block amax codes; without one, the first tensor is counted when its own range
     has arrived, so a model must not overwrite that tensor by means PyTorch does not see. Blocks
     without a place in the table are kept, and counted by ``finish``.
     """
 
-    def __init__(self, waiting: deque, window: tuple[int, int] | None = None):
-        self.waiting = waiting
+    def __init__(self, reports: Reports, window: tuple[int, int] | None = None):
+        self.reports = reports
+        self.unread = 0  # reports
         self.window = window
         self.next_window = window  # for the next table: holds what this one had no place for
         self.table: JointTable | None = None
@@ -77,32 +117,33 @@ class DeviceCounter:
         if blocks.data_ptr() % 16:
             blocks = blocks.clone()
         if self.window is None:
-            self._settle()
+            self.reports.settle(self)
         codes = self._count(blocks)
-        settle(self.waiting, WAITING)
-        return (codes[: len(blocks)] & 0x7FFF).view(len(x), -1).amax(dim=1).view(torch.bfloat16)
+        self.reports.settle()
+        # The largest magnitude, whatever the sign bits of the codes say.
+        amaxes = codes[: len(blocks)].view(torch.bfloat16).view(len(x), -1)
+        return torch.linalg.vector_norm(amaxes, torch.inf, dim=1)
 
     def _count(self, blocks: torch.Tensor) -> torch.Tensor:
         """Launch the kernels; with no window yet, only those that find it."""
         with torch.cuda.device(blocks.device):
+            report = self.reports.new(blocks.device)
             if self.window is None:
-                codes, report = block_codes(blocks)
+                codes = block_codes(blocks, report)
             else:
                 if self.elements + blocks.numel() > MAX_ELEMENTS:
                     self.close()
                     self.flush()
                 if self.table is None:
                     self.table = JointTable.of(*self.window, blocks.device)
-                codes, report = block_codes(blocks, *self.window)
-                self.table.add(blocks, codes)
+                codes = block_codes(blocks, report, *self.window)
+                self.table.add(blocks, codes, report)
                 self.elements += blocks.numel()
-            seen = _to_host(report)
-        self.waiting.append((self, blocks, _version(blocks), codes, report, seen, self.window))
+            self.reports.append(self, blocks, _version(blocks), codes, report, self.window)
         return codes
 
-    def read_report(self, blocks, version, codes, report, seen, window) -> None:
+    def read_report(self, status: Status, blocks, version, codes, report, window) -> None:
         """Deal with what the kernels could not count."""
-        status = _arrived(seen)
         if (status.bad or status.unplaced or window is None) and _version(blocks) != version:
             raise RuntimeError(
                 "the model overwrote an activation in place before it was counted. Capture the "
@@ -122,19 +163,14 @@ class DeviceCounter:
             if low < base or high >= base + rows:
                 self.next_window = window_around(min(low, base), max(high, base + rows - 1))
 
-    def _settle(self) -> None:
-        """Read all reports of this counter."""
-        while any(waiting[0] is self for waiting in self.waiting):
-            settle(self.waiting, len(self.waiting) - 1)
-
     def close(self) -> None:
         """Nothing comes after; what ``flush`` needs is under way."""
         if self.window is None:
-            self._settle()
+            self.reports.settle(self)
         if self.table is not None:
-            report = self.table.window.new_zeros(STATUS)
+            report = self.table.window.new_zeros(1, STATUS)
             with torch.cuda.device(report.device):
-                self.table.measure(report)
+                self.table.measure(report[0])
                 self.cells = _to_host(report)
 
     @property
@@ -146,14 +182,15 @@ class DeviceCounter:
         """Move the counts of a closed table to the sparse statistic; frees the table."""
         if self.table is not None and self.cells is not None:
             with torch.cuda.device(self.table.window.device):
-                found = self.table.sparse(_arrived(self.cells).cells)
+                (status,) = _arrived(self.cells)
+                found = self.table.sparse(status.cells)
             self.statistics.merge(ActivationStatistics(torch.bfloat16, *found))
         self.table = self.cells = None
         self.elements = 0
 
     def finish(self) -> ActivationStatistics:
         """The statistic; waits for the device."""
-        self._settle()
+        self.reports.settle(self)
         self.flush()
         if self.rest and self.window is not None:
             self._add_rest(torch.cat(self.rest), *self.window)
@@ -179,19 +216,19 @@ def _version(x: torch.Tensor) -> int:
     return 0 if x.is_inference() else x._version  # inference tensors do not count their writes
 
 
-def _arrived(seen) -> Status:
-    report, ready = seen
+def _arrived(seen) -> list[Status]:
+    numbers, ready = seen
     ready.synchronize()
-    return Status.read(report)
+    return [Status.read(row) for row in numbers.tolist()]
 
 
-def _to_host(report: torch.Tensor):
-    """A copy of a report's numbers that is under way to the host, and the event that ends it."""
-    seen = torch.empty(STATUS, dtype=report.dtype, pin_memory=True)
-    seen.copy_(report[:STATUS], non_blocking=True)
+def _to_host(reports: torch.Tensor):
+    """A copy of the reports' statuses that is under way to the host, and the event that ends it."""
+    numbers = torch.empty(len(reports), STATUS, dtype=reports.dtype, pin_memory=True)
+    numbers.copy_(reports[:, :STATUS], non_blocking=True)
     ready = torch.cuda.Event()
     ready.record()
-    return seen, ready
+    return numbers, ready
 
 
 def window_around(low: int, high: int) -> tuple[int, int]:

@@ -32,21 +32,21 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 // A window of codes comes as {0x7fff - lowest, highest}, as block_codes reports it; one too wide for
-// a table counts nothing.
+// a table of `limit` rows counts nothing.
 struct Window { int base, rows; };
-__device__ Window read_window(const int* window)
+__device__ Window read_window(const int* window, int limit)
 {
     int base = 0x7fff - window[0], rows = max(0, window[1] - base + 1);
-    return {base, rows > MAX_ROWS ? 0 : rows};
+    return {base, rows > limit ? 0 : rows};
 }
 
 // Codes are int16: 0 a block of zeros, negative one that has no place in the table; eight are read
 // at once. Each program takes the same part of them here and in sort_blocks.
 extern "C" __global__ void count_rows(
-    const int4* codes, int n, const int* window, int* counts, int* offsets)
+    const int4* codes, int n, const int* window, int limit, int* counts, int* offsets)
 {
     __shared__ int bins[MAX_ROWS];
-    auto [base, rows] = read_window(window);
+    auto [base, rows] = read_window(window, limit);
     if (!rows) return;
     for (int r = threadIdx.x; r < rows; r += blockDim.x) bins[r] = 0;
     __syncthreads();
@@ -91,11 +91,11 @@ __device__ u64 scan(u64 own, u64* total)
 // which come first; starts[rows + 1]: all blocks. A tile is sorted in shared memory first, so that
 // a row's blocks are written side by side.
 extern "C" __global__ void __launch_bounds__(SORT_THREADS) sort_blocks(
-    const int4* codes, int n, const int* window, const int* counts, const int* offsets,
+    const int4* codes, int n, const int* window, int limit, const int* counts, const int* offsets,
     int* starts, int* order)
 {
     extern __shared__ int next[];
-    auto [base, rows] = read_window(window);
+    auto [base, rows] = read_window(window, limit);
     if (!rows) return;
     int *found = next + rows, *begins = found + rows;
     __shared__ int sorted[TILE];
@@ -174,10 +174,10 @@ extern "C" __global__ void __launch_bounds__(SORT_THREADS) sort_blocks(
 
 extern "C" __global__ void __launch_bounds__(PAIR_THREADS) count_pairs(
     const uint4* x, const short* codes, const int* order, const int* counts, const int* starts,
-    const int* window, int* table)
+    const int* window, int limit, int* table)
 {
     __shared__ int bins[COLUMNS];
-    auto [base, rows] = read_window(window);
+    auto [base, rows] = read_window(window, limit);
     if (!rows) return;
     for (int i = threadIdx.x; i < COLUMNS; i += blockDim.x) bins[i] = 0;
     __syncthreads();
@@ -241,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(PAIR_THREADS) count_pairs(
 extern "C" __global__ void count_cells(const int4* table, const int* window, i64* cells, int* all)
 {
     int mine = 0;
-    if (blockIdx.x < read_window(window).rows)
+    if (blockIdx.x < read_window(window, gridDim.x).rows)
         for (int i = threadIdx.x; i < COLUMNS / 4; i += blockDim.x) {
             int4 four = table[(i64)blockIdx.x * (COLUMNS / 4) + i];
             mine += (four.x != 0) + (four.y != 0) + (four.z != 0) + (four.w != 0);
@@ -260,7 +260,7 @@ extern "C" __global__ void list_cells(
 {
     i64 at = blockIdx.x ? ends[blockIdx.x - 1] : 0;
     if (at == ends[blockIdx.x]) return;
-    int code = read_window(window).base + blockIdx.x;
+    int code = read_window(window, gridDim.x).base + blockIdx.x;
     for (int i = 4 * threadIdx.x; i < COLUMNS; i += 4 * blockDim.x) {
         int4 four = *(const int4*)(table + (i64)blockIdx.x * COLUMNS + i);
         int cell[4] = {four.x, four.y, four.z, four.w};
@@ -301,14 +301,20 @@ def _driver():
     return torch.cuda._utils._get_gpu_runtime_library()
 
 
-def _launch(name: str, programs: int, threads: int, args: list, memory: int = 0) -> None:
-    """Launch on the current stream; a tenth of what PyTorch's own launch costs the host."""
-    device = args[0].device.index
-    values = [ctypes.c_void_p(a.data_ptr()) if torch.is_tensor(a) else ctypes.c_int(a) for a in args]
-    pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+def _stream(device: int) -> ctypes.c_void_p:
+    return ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+
+
+def _launch(
+    name: str, programs: int, threads: int, args: list, stream: ctypes.c_void_p, memory: int = 0
+) -> None:
+    """Launch a kernel; a small part of what PyTorch's own launch costs the host."""
+    n = len(args)
+    values = (ctypes.c_int64 * n)(*[a if isinstance(a, int) else a.data_ptr() for a in args])
+    first = ctypes.addressof(values)
+    pointers = (ctypes.c_void_p * n)(*range(first, first + 8 * n, 8))
+    kernel = _kernels(args[0].get_device())[name].func
     shape = (programs, 1, 1, threads, 1, 1)
-    kernel = _kernels(device)[name].func
     error = _driver().cuLaunchKernel(kernel, *shape, memory, stream, pointers, None)
     if error:
         raise RuntimeError(f"CUDA kernel {name} was not launched: driver error {error}.")
@@ -321,37 +327,44 @@ def processors(device: int) -> int:
 
 
 def count_pairs(
-    blocks: torch.Tensor, codes: torch.Tensor, window: torch.Tensor, table: torch.Tensor
+    blocks: torch.Tensor,
+    codes: torch.Tensor,
+    window: torch.Tensor,
+    table: torch.Tensor,
+    counts: torch.Tensor,
 ) -> None:
     """Add the pairs of blocks with a positive code to ``table``; nothing waits for the host.
 
     ``blocks``: int16 [n, 16], bits of bfloat16, on a 16-byte boundary. ``codes``: int16, n rounded
     up to a multiple of 8. ``window``: int32, begins with ``0x7FFF - lowest`` and ``highest`` of the
-    positive codes. ``table``: int32 [rows, COLUMNS], a row for each code in the window.
+    positive codes. ``table``: int32 [rows, COLUMNS], a row for each code in the window. ``counts``:
+    int32 [MAX_ROWS] of zeros, to work in.
     """
-    device, n = blocks.device, len(codes)
-    programs = SORT_PROGRAMS * processors(device.index)
-    counts = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
+    device, n, limit = blocks.get_device(), len(codes), len(table)
+    stream = _stream(device)
+    programs = SORT_PROGRAMS * processors(device)
     sizes = programs * MAX_ROWS, MAX_ROWS + 2, n  # one allocation: the host's time counts too
-    work = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    work = torch.empty(sum(sizes), dtype=torch.int32, device=blocks.device)
     offsets, starts, order = work.split(sizes)
-    found = [codes, n, window, counts, offsets]
-    _launch("count_rows", programs, SORT_THREADS, found)
-    _launch("sort_blocks", programs, SORT_THREADS, [*found, starts, order], SORT_MEMORY)
-    programs = PAIR_PROGRAMS * processors(device.index)
-    _launch("count_pairs", programs, PAIR_THREADS, [blocks, codes, order, counts, starts, window, table])
+    found = [codes, n, window, limit, counts, offsets]
+    _launch("count_rows", programs, SORT_THREADS, found, stream)
+    _launch("sort_blocks", programs, SORT_THREADS, [*found, starts, order], stream, SORT_MEMORY)
+    programs = PAIR_PROGRAMS * processors(device)
+    sorted_blocks = [blocks, codes, order, counts, starts, window, limit, table]
+    _launch("count_pairs", programs, PAIR_THREADS, sorted_blocks, stream)
 
 
 def count_cells(table: torch.Tensor, window: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Where each row's nonzero cells end among all, int64 [rows]; adds their number to ``total``."""
     cells = torch.empty(len(table), dtype=torch.int64, device=table.device)
-    _launch("count_cells", len(table), CELL_THREADS, [table, window, cells, total])
+    stream = _stream(table.get_device())
+    _launch("count_cells", len(table), CELL_THREADS, [table, window, cells, total], stream)
     return cells.cumsum(0)
 
 
 def list_cells(table: torch.Tensor, window: torch.Tensor, ends: torch.Tensor, total: int):
     """Sorted keys and counts, int64 [total], of a table's nonzero cells."""
-    keys = torch.empty(total, dtype=torch.int64, device=table.device)
-    counts = torch.empty_like(keys)
-    _launch("list_cells", len(table), CELL_THREADS, [table, ends, window, keys, counts])
+    keys, counts = torch.empty(2, total, dtype=torch.int64, device=table.device)
+    stream = _stream(table.get_device())
+    _launch("list_cells", len(table), CELL_THREADS, [table, ends, window, keys, counts], stream)
     return keys, counts

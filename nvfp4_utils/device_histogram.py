@@ -9,6 +9,7 @@ global memory; the two Triton kernels also run in Triton's interpreter, under th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,10 @@ from .histogram import INFINITY_CODE, add_rest, count_nonfinite, table_to_sparse
 from .quantize import BLOCK_SIZE, nonfinite_error
 
 INFINITY = INFINITY_CODE[torch.bfloat16]
-STATUS = 6  # numbers of a report, before its list of blocks
-LISTED = 2**16 - STATUS  # blocks without a place that a report lists
+STATUS = 6  # numbers of a report that the host reads
+LIST = STATUS + MAX_ROWS  # where a report's list begins; before it is room for the kernels' work
+LISTED = 2**16 - LIST  # blocks without a place that a report lists
+REPORT = LIST + LISTED
 
 
 @triton.jit
@@ -34,7 +37,7 @@ def _raise(ptr, value):
 @triton.jit
 def _block_codes_kernel(
     x_ptr, codes_ptr, status_ptr, n_blocks, n_codes, base, rows,
-    INFINITY: tl.constexpr, COLUMNS: tl.constexpr, STATUS: tl.constexpr, LISTED: tl.constexpr,
+    INFINITY: tl.constexpr, COLUMNS: tl.constexpr, LIST: tl.constexpr, LISTED: tl.constexpr,
     BLOCKS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     below = tl.zeros((BLOCKS,), tl.int32)
@@ -61,7 +64,7 @@ def _block_codes_kernel(
         left = code < 0
         if tl.max(left.to(tl.int32), axis=0) > 0:
             at = tl.atomic_add(status_ptr + 4 + tl.zeros((BLOCKS,), tl.int32), 1, mask=left)
-            tl.store(status_ptr + STATUS + at, block, mask=left & (at < LISTED))
+            tl.store(status_ptr + LIST + at, block, mask=left & (at < LISTED))
     # A program has nothing to add to what others have reported, as a rule: no queue forms.
     _raise(status_ptr, tl.max(below, axis=0))
     _raise(status_ptr + 1, tl.max(highest, axis=0))
@@ -99,15 +102,20 @@ class Status:
     cells: int  # nonzero ones of the table, once counted
 
     @classmethod
-    def read(cls, status: torch.Tensor) -> Status:
-        below, highest, bad, zeros, unplaced, cells = status[:STATUS].tolist()
+    def read(cls, status: list[int]) -> Status:
+        below, highest, bad, zeros, unplaced, cells = status
         return cls(0x7FFF - below, highest, bool(bad), zeros, unplaced, cells)
 
 
+def new_reports(n: int, device: torch.device) -> torch.Tensor:
+    """Cleared reports, int32 [n, REPORT]: a status, room to work in, a list of blocks."""
+    return torch.zeros(n, REPORT, dtype=torch.int32, device=device)
+
+
 def block_codes(
-    blocks: torch.Tensor, base: int = 1, rows: int = INFINITY - 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each block's amax code, and a report for ``Status.read``; neither is waited for.
+    blocks: torch.Tensor, report: torch.Tensor, base: int = 1, rows: int = INFINITY - 1
+) -> torch.Tensor:
+    """Each block's amax code; what else is found goes to a cleared report. Neither is waited for.
 
     ``blocks``: int16 [n, 16], bits of bfloat16. Codes: int16, padded with 0 to a multiple of 8; 0
     is a block of zeros, and a block without a place in the window has the sign bit set.
@@ -115,21 +123,18 @@ def block_codes(
     n = len(blocks)
     padded = triton.cdiv(n, 8) * 8
     codes = torch.empty(padded, dtype=torch.int16, device=blocks.device)
-    status = torch.zeros(STATUS + LISTED, dtype=torch.int32, device=blocks.device)
     programs = triton.cdiv(padded, 4 * 256)
     if blocks.is_cuda:
-        programs = min(programs, 32 * cuda_kernels.processors(blocks.device.index))
+        programs = min(programs, 32 * cuda_kernels.processors(blocks.get_device()))
     _block_codes_kernel[(programs,)](
-        blocks, codes, status, n, padded, base, rows,
-        INFINITY=INFINITY, COLUMNS=COLUMNS, STATUS=STATUS, LISTED=LISTED, BLOCKS=256,
+        blocks, codes, report, n, padded, base, rows,
+        INFINITY=INFINITY, COLUMNS=COLUMNS, LIST=LIST, LISTED=LISTED, BLOCKS=256,
         SIZE=BLOCK_SIZE, num_warps=8,
     )  # fmt: skip
-    return codes, status
+    return codes
 
 
-def count_pairs_triton(
-    blocks: torch.Tensor, codes: torch.Tensor, window: torch.Tensor, table: torch.Tensor
-) -> None:
+def count_pairs_triton(blocks, codes, window, table, _) -> None:
     """Add the pairs of blocks with a positive code to ``table``, as ``cuda_kernels.count_pairs``."""
     _count_pairs_kernel[(triton.cdiv(len(blocks), 128),)](
         blocks, codes, window, table, len(blocks), len(table),
@@ -140,8 +145,15 @@ def count_pairs_triton(
 def unplaced_blocks(blocks: torch.Tensor, codes: torch.Tensor, report: torch.Tensor, unplaced: int):
     """The blocks [unplaced, 16] that have no place; ``report`` is the one on the device."""
     if unplaced <= LISTED:
-        return blocks[report[STATUS : STATUS + unplaced]]
+        return blocks[report[LIST : LIST + unplaced]]
     return blocks[codes[: len(blocks)] < 0]
+
+
+@functools.lru_cache(maxsize=4096)  # making one costs the host as much as a kernel
+def _window(base: int, rows: int, device: torch.device) -> torch.Tensor:
+    """The codes ``[base, base + rows)`` as ``JointTable`` takes them."""
+    window = torch.tensor([0x7FFF - base, base + rows - 1], dtype=torch.int32)
+    return window.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else window
 
 
 class JointTable:
@@ -160,14 +172,11 @@ class JointTable:
     @classmethod
     def of(cls, base: int, rows: int, device: torch.device, count_pairs=None) -> JointTable:
         """A table of ``[base, base + rows)``."""
-        window = torch.tensor([0x7FFF - base, base + rows - 1], dtype=torch.int32)
-        if device.type == "cuda":
-            window = window.pin_memory().to(device, non_blocking=True)
-        return cls(window, rows, count_pairs)
+        return cls(_window(base, rows, device), rows, count_pairs)
 
-    def add(self, blocks: torch.Tensor, codes: torch.Tensor) -> None:
-        """Count the blocks [n, 16] that have a place; ``codes`` are of this window."""
-        self.count_pairs(blocks, codes, self.window, self.counts)
+    def add(self, blocks: torch.Tensor, codes: torch.Tensor, report: torch.Tensor) -> None:
+        """Count the blocks [n, 16] that have a place; ``block_codes`` made codes and report."""
+        self.count_pairs(blocks, codes, self.window, self.counts, report[STATUS:])
 
     def measure(self, report: torch.Tensor) -> None:
         """Write the number of nonzero cells to ``report``; ``sparse`` needs it."""
@@ -189,20 +198,22 @@ def count_on_device(blocks: torch.Tensor, dtype: torch.dtype, count_pairs=None):
     if blocks.data_ptr() % 16:
         blocks = blocks.clone()  # they are read 16 bytes at a time
     with torch.cuda.device_of(blocks):
-        codes, report = block_codes(blocks)
+        report, second = new_reports(2, blocks.device)
+        codes = block_codes(blocks, report)
         table = JointTable(report, MAX_ROWS, count_pairs)
-        table.add(blocks, codes)
+        table.add(blocks, codes, report)
         table.measure(report)
-        status = Status.read(report)
+        status = Status.read(report[:STATUS].tolist())
         if status.bad:
             raise nonfinite_error(count_nonfinite(blocks, dtype))
         if status.highest - status.lowest >= MAX_ROWS:  # too wide for a table: its upper part
             window = status.highest - MAX_ROWS + 1, MAX_ROWS
-            codes, report = block_codes(blocks, *window)
+            report = second
+            codes = block_codes(blocks, report, *window)
             table = JointTable.of(*window, blocks.device, count_pairs)
-            table.add(blocks, codes)
+            table.add(blocks, codes, report)
             table.measure(report)
-            status = Status.read(report)
+            status = Status.read(report[:STATUS].tolist())
         rest = unplaced_blocks(blocks, codes, report, status.unplaced)
         keys, counts = table.sparse(status.cells)
         return add_rest(keys, counts, status.zeros, rest)

@@ -5,7 +5,6 @@
 import contextlib
 import math
 import sys
-from collections import deque
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from nvfp4_reference import BF16
 pytest.importorskip("triton")
 
 from nvfp4_utils import ActivationStatistics, capture, counters
-from nvfp4_utils.counters import STATUS, DeviceCounter, window_around
+from nvfp4_utils.counters import STATUS, DeviceCounter, Reports, window_around
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs on the device")
 
@@ -26,7 +25,7 @@ class Ready:
 
 @pytest.fixture(autouse=True)
 def host_as_device(monkeypatch):
-    monkeypatch.setattr(counters, "_to_host", lambda report: (report[:STATUS].clone(), Ready()))
+    monkeypatch.setattr(counters, "_to_host", lambda reports: (reports[:, :STATUS].clone(), Ready()))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
 
 
@@ -43,7 +42,7 @@ def test_what_leaves_the_window_padding_and_zeros_are_counted():
     x[0, 3] = 0
     keep = torch.ones(4, 6, dtype=torch.bool)
     keep[1, 2:] = False
-    counter, expected = DeviceCounter(deque()), ActivationStatistics()
+    counter, expected = DeviceCounter(Reports()), ActivationStatistics()
     for part in (x, x * 2.0**20, x * torch.exp2(-20.0 * (x > 1)), x * 2.0**-100):
         part = part.to(BF16)
         amax = counter.add(part, keep, 4)
@@ -57,18 +56,18 @@ def test_what_leaves_the_window_padding_and_zeros_are_counted():
 
 def test_the_next_window_holds_what_this_one_had_no_place_for():
     x = normal(2, 4, 64).to(BF16)
-    counter = DeviceCounter(deque(), window_around(0x3F80, 0x3F80))
+    counter = DeviceCounter(Reports(), window_around(0x3F80, 0x3F80))
     counter.add(x * 2.0**12, None, 0)
     counter.close()
     assert same(counter.finish(), ActivationStatistics.from_tensor(x * 2.0**12))
-    following = DeviceCounter(deque(), counter.next_window)
+    following = DeviceCounter(Reports(), counter.next_window)
     following.add(x * 2.0**12, None, 0)
     assert not following.rest
 
 
 def test_a_table_can_be_freed_before_the_counter_is_finished():
     x = normal(2, 4, 64).to(BF16)
-    counter = DeviceCounter(deque())
+    counter = DeviceCounter(Reports())
     counter.add(x, None, 0)
     counter.close()
     assert counter.table_bytes > 0
@@ -79,7 +78,7 @@ def test_a_table_can_be_freed_before_the_counter_is_finished():
 
 def test_counts_that_would_overflow_go_to_the_sparse_form_first(monkeypatch):
     monkeypatch.setattr(counters, "MAX_ELEMENTS", 1000)
-    counter, expected = DeviceCounter(deque()), ActivationStatistics()
+    counter, expected = DeviceCounter(Reports()), ActivationStatistics()
     for seed in range(3):
         x = normal(2, 4, 64, seed=seed).to(BF16)
         counter.add(x, None, 0)
@@ -91,18 +90,18 @@ def test_counts_that_would_overflow_go_to_the_sparse_form_first(monkeypatch):
 
 
 def test_reports_are_read_in_order_and_few_wait():
-    waiting, x = deque(), normal(2, 4, 64).to(BF16)
-    several = [DeviceCounter(waiting) for _ in range(20)]
+    reports, x = Reports(), normal(2, 4, 64).to(BF16)
+    several = [DeviceCounter(reports) for _ in range(20)]
     for counter in several:
         counter.add(x, None, 0)
-    assert len(waiting) <= counters.WAITING + 1
+        assert len(reports.sent) <= 2
     for counter in several:
         counter.close()
         assert same(counter.finish(), ActivationStatistics.from_tensor(x))
 
 
 def test_only_padding_leaves_the_statistic_empty():
-    counter = DeviceCounter(deque())
+    counter = DeviceCounter(Reports())
     counter.add(normal(1, 4, 64).to(BF16), torch.zeros(1, 4, dtype=torch.bool), 4)
     counter.close()
     assert counter.finish().dtype is None
@@ -111,12 +110,12 @@ def test_only_padding_leaves_the_statistic_empty():
 def test_nan_raises_and_a_change_in_place_is_noticed():
     x = normal(2, 8, 64).to(BF16)
     x[1, 2, 3:5] = math.nan
-    counter = DeviceCounter(deque())
+    counter = DeviceCounter(Reports())
     counter.add(x, None, 0)
     with pytest.raises(ValueError, match=r"^x holds 2 values that are NaN or infinite;"):
         counter.close()
     x = normal(2, 8, 64).to(BF16)
-    counter = DeviceCounter(deque())
+    counter = DeviceCounter(Reports())
     counter.add(x, None, 0)
     x.mul_(2)
     with pytest.raises(RuntimeError, match=r"^the model overwrote an activation in place"):
@@ -138,8 +137,8 @@ def test_capture_gives_the_same_with_either_counter(kept_bytes, monkeypatch):
     sites = ["mlp_input", "down_proj_input"]
     expected = capture(model, batches, sites, group_size=2, progress=False)
     module = sys.modules["nvfp4_utils.capture"]
-    waiting: deque = deque()
-    monkeypatch.setattr(module, "_Counter", lambda: DeviceCounter(waiting))
+    reports = Reports()
+    monkeypatch.setattr(module, "_Counter", lambda: DeviceCounter(reports))
     monkeypatch.setattr(module, "CLOSED_BYTES", kept_bytes)
     found = capture(model, batches, sites, group_size=2, progress=False)
     assert list(found) == list(expected)

@@ -3,7 +3,6 @@
 """What only a CUDA device can show: the compiled kernel, statistics and capture on it."""
 
 import math
-from collections import deque
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from nvfp4_utils.quantize import UNDERFLOWS
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from nvfp4_utils.counters import DeviceCounter  # noqa: E402
+from nvfp4_utils.counters import DeviceCounter, Reports  # noqa: E402
 from nvfp4_utils.device_histogram import count_on_device, count_pairs_triton  # noqa: E402
 from nvfp4_utils.triton_kernels import ratio, reciprocal  # noqa: E402
 
@@ -153,8 +152,7 @@ def test_a_counter_counts_what_leaves_its_window_padding_and_zeros():
     parts = [x, x * 2.0**20, x * torch.exp2(-20 * (x > 3)), x * 2.0**-100]
     keep = torch.ones(4, 64, dtype=torch.bool, device="cuda")
     keep[1, 20:] = False
-    waiting = deque()
-    counter, expected, amax = DeviceCounter(waiting), ActivationStatistics(), []
+    counter, expected, amax = DeviceCounter(Reports()), ActivationStatistics(), []
     for part in parts:
         amax.append(counter.add(part.to(BF16), keep, 44))
         expected.update(part.to(BF16)[keep])
@@ -170,12 +168,12 @@ def test_a_counter_counts_what_leaves_its_window_padding_and_zeros():
 def test_a_counter_finds_nan_and_changes_in_place():
     x = torch.randn(2, 8, 64, device="cuda").to(BF16)
     x[1, 2, 3:5] = math.nan
-    counter = DeviceCounter(deque())
+    counter = DeviceCounter(Reports())
     counter.add(x, None, 0)
     with pytest.raises(ValueError, match=r"^x holds 2 values that are NaN or infinite;"):
         counter.finish()
     x = torch.ones(2, 8, 64, device="cuda").to(BF16)
-    counter = DeviceCounter(deque())
+    counter = DeviceCounter(Reports())
     counter.add(x, None, 0)
     x.mul_(2)
     with pytest.raises(RuntimeError, match=r"^the model overwrote an activation in place"):

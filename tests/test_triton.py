@@ -133,7 +133,7 @@ def test_the_first_and_the_last_scale_are_taken(good):
     assert bool(torch.isfinite(quantized(torch.zeros(1, 16, dtype=BF16), good, "flush", FP32)).all())
 
 
-@pytest.mark.parametrize("rows, listed", [(4096, 2**16 - 6), (64, 2**16 - 6), (64, 7)])
+@pytest.mark.parametrize("rows, listed", [(4096, 5000), (64, 5000), (64, 7)])
 @pytest.mark.parametrize("name", ["gaussian", "regimes", "equal", "zeros", "relu", "one block"])
 def test_the_device_histogram_counts_every_pair(name, rows, listed, monkeypatch):
     normal = torch.randn(64, 256, generator=torch.Generator().manual_seed(7))
