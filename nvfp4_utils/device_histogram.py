@@ -22,7 +22,7 @@ from .histogram import INFINITY_CODE, add_rest, count_nonfinite, table_to_sparse
 from .quantize import BLOCK_SIZE, nonfinite_error
 
 INFINITY = INFINITY_CODE[torch.bfloat16]
-STATUS = 6  # numbers of a report that the host reads
+STATUS = 5  # numbers of a report that the host reads
 LIST = STATUS + MAX_ROWS  # where a report's list begins; before it is room for the kernels' work
 LISTED = 2**16 - LIST  # blocks without a place that a report lists
 REPORT = LIST + LISTED
@@ -35,42 +35,50 @@ def _raise(ptr, value):
 
 
 @triton.jit
+def _extremes(words):
+    """Largest code of two a word, and the smallest that is not 0, less 1, as unsigned numbers."""
+    low, high = words & 0x7FFF, (words >> 16) & 0x7FFF
+    # As an unsigned number, 0 - 1 is the largest: zeros do not count.
+    below_low, below_high = (low - 1).to(tl.uint32, bitcast=True), (high - 1).to(tl.uint32, bitcast=True)
+    return tl.maximum(low, high), tl.minimum(below_low, below_high)
+
+
+@triton.jit
 def _block_codes_kernel(
     x_ptr, codes_ptr, status_ptr, n_blocks, n_codes, base, rows,
-    INFINITY: tl.constexpr, COLUMNS: tl.constexpr, LIST: tl.constexpr, LISTED: tl.constexpr,
-    BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr, LIST: tl.constexpr, LISTED: tl.constexpr,
+    BLOCKS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     below = tl.zeros((BLOCKS,), tl.int32)
     highest = tl.zeros((BLOCKS,), tl.int32)
-    bad = tl.zeros((BLOCKS,), tl.int32)
     zeros = tl.zeros((BLOCKS,), tl.int32)
     for tile in range(tl.program_id(0), tl.cdiv(n_codes, BLOCKS), tl.num_programs(0)):
         block = tile * BLOCKS + tl.arange(0, BLOCKS)
         inside = block < n_blocks
-        offset = block.to(tl.int64)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-        element = tl.load(x_ptr + offset, mask=inside[:, None], other=0).to(tl.int32) & 0x7FFF
-        amax = tl.max(element, axis=1)
-        # As unsigned numbers, 0 - 1 is the largest: zeros do not count.
-        smallest = tl.min((element - 1).to(tl.uint32, bitcast=True), axis=1).to(tl.int32, bitcast=True)
+        # Two loads of 16 bytes give a thread a whole block.
+        offset = block.to(tl.int64)[:, None] * WORDS + tl.arange(0, WORDS // 2)[None, :]
+        first = tl.load(x_ptr + offset, mask=inside[:, None], other=0)
+        second = tl.load(x_ptr + offset + WORDS // 2, mask=inside[:, None], other=0)
+        largest, smallest = _extremes(first)
+        largest_2, smallest_2 = _extremes(second)
+        amax = tl.max(tl.maximum(largest, largest_2), axis=1)
+        smallest = tl.min(tl.minimum(smallest, smallest_2), axis=1).to(tl.int32, bitcast=True)
         zero = amax == 0
         placed = (amax - smallest <= COLUMNS - 1) & (amax >= base) & (amax < base + rows) & (amax > 0)
         code = tl.where(placed | zero, amax, amax - 0x8000)
         tl.store(codes_ptr + block, code.to(tl.int16), mask=block < n_codes)
-        finite = (amax > 0) & (amax < INFINITY)
-        below = tl.maximum(below, tl.where(finite, 0x7FFF - amax, 0))
-        highest = tl.maximum(highest, tl.where(finite, amax, 0))
-        bad |= (amax >= INFINITY).to(tl.int32)
+        below = tl.maximum(below, tl.where(zero, 0, 0x7FFF - amax))
+        highest = tl.maximum(highest, amax)
         zeros += (zero & inside).to(tl.int32)
         left = code < 0
         if tl.max(left.to(tl.int32), axis=0) > 0:
-            at = tl.atomic_add(status_ptr + 4 + tl.zeros((BLOCKS,), tl.int32), 1, mask=left)
+            at = tl.atomic_add(status_ptr + 3 + tl.zeros((BLOCKS,), tl.int32), 1, mask=left)
             tl.store(status_ptr + LIST + at, block, mask=left & (at < LISTED))
     # A program has nothing to add to what others have reported, as a rule: no queue forms.
     _raise(status_ptr, tl.max(below, axis=0))
     _raise(status_ptr + 1, tl.max(highest, axis=0))
-    _raise(status_ptr + 2, tl.max(bad, axis=0))
     if tl.max(zeros, axis=0) > 0:
-        tl.atomic_add(status_ptr + 3, tl.sum(zeros, axis=0))
+        tl.atomic_add(status_ptr + 2, tl.sum(zeros, axis=0))
 
 
 @triton.jit
@@ -94,17 +102,22 @@ def _count_pairs_kernel(
 class Status:
     """What the kernels saw."""
 
-    lowest: int  # of the nonzero finite codes
+    lowest: int  # of the codes that are not 0
     highest: int
-    bad: bool  # NaN or infinity
     zeros: int  # blocks of zeros
     unplaced: int  # blocks that have no place
     cells: int  # nonzero ones of the table, once counted
 
+    @property
+    def bad(self) -> bool:
+        """NaN or infinity was seen."""
+        return self.highest >= INFINITY
+
     @classmethod
     def read(cls, status: list[int]) -> Status:
-        below, highest, bad, zeros, unplaced, cells = status
-        return cls(0x7FFF - below, highest, bool(bad), zeros, unplaced, cells)
+        """From the first ``STATUS`` numbers of a report."""
+        below, *others = status
+        return cls(0x7FFF - below, *others)
 
 
 def new_reports(n: int, device: torch.device) -> torch.Tensor:
@@ -127,9 +140,8 @@ def block_codes(
     if blocks.is_cuda:
         programs = min(programs, 32 * cuda_kernels.processors(blocks.get_device()))
     _block_codes_kernel[(programs,)](
-        blocks, codes, report, n, padded, base, rows,
-        INFINITY=INFINITY, COLUMNS=COLUMNS, LIST=LIST, LISTED=LISTED, BLOCKS=256,
-        SIZE=BLOCK_SIZE, num_warps=8,
+        blocks.view(torch.int32), codes, report, n, padded, base, rows,
+        COLUMNS=COLUMNS, LIST=LIST, LISTED=LISTED, BLOCKS=256, WORDS=BLOCK_SIZE // 2, num_warps=8,
     )  # fmt: skip
     return codes
 
