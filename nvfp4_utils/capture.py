@@ -252,7 +252,8 @@ def capture(
             inputs = batch if isinstance(batch, dict) else {"input_ids": batch}
             mask = inputs.get("attention_mask")
             padding = [] if mask is None else (mask == 0).sum(dim=1).tolist()
-            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+            # The host goes on to launch this batch while the device still computes the last one.
+            inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
             mask = inputs.get("attention_mask")
             # The head's logits are not needed, only the layers' inputs.
             getattr(model, "model", model)(**inputs)
