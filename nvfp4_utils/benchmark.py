@@ -13,6 +13,7 @@ the call, caches cleared before it. Every kernel is first checked on data never 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import time
 from collections.abc import Callable
@@ -287,7 +288,9 @@ def run_kernels(commit: str | None) -> None:
         time_update(table, kind, size)
     time_questions(table, "cuda")
     time_candidates(table, others)
-    table.write("kernels", commit, memory=torch.cuda.get_device_properties(0).total_memory)
+    modelopt = importlib.metadata.version("nvidia-modelopt") if "modelopt" in others else "absent"
+    memory = torch.cuda.get_device_properties(0).total_memory
+    table.write("kernels", commit, memory=memory, modelopt=modelopt)
 
 
 def main() -> None:
