@@ -30,8 +30,12 @@ from .scoring import policy_amaxes
 BATCH, LENGTH, VOCABULARY = 16, 512, 248320
 SEQUENCES = 2600
 GROUP = 325  # sequences a group of the long capture: eight of them
-STEPS = 32
-SITE_SETS = {"mlp_input of all layers": ("mlp_input",), "four sites of all layers": tuple(SITES)}
+STEPS = 20
+CAPTURES: dict[str, tuple[tuple[str, ...], int]] = {  # sites, and sequences a group
+    "mlp_input of all layers": (("mlp_input",), 10 * BATCH),
+    "four sites of all layers": (tuple(SITES), 10 * BATCH),
+    "four sites, small groups": (tuple(SITES), 2 * BATCH),
+}
 
 
 def random_model(layers: int):
@@ -78,24 +82,31 @@ def time_overhead(table: Table, model, repeats: int = 2) -> None:
             for batch in batches:
                 model.model(input_ids=batch.to("cuda", non_blocking=True))
 
-    def captured(sites) -> None:
-        capture(model, batches, sites, group_size=2 * BATCH, progress=False)
+    def captured(sites: tuple[str, ...], group: int) -> None:
+        capture(model, batches, sites, group_size=group, progress=False)
 
-    times: dict[str, list[float]] = {"plain": [], **{name: [] for name in SITE_SETS}}
+    times: dict[str, list[float]] = {"plain": [], **{name: [] for name in CAPTURES}}
     for repeat, name in itertools.product(range(repeats + 1), times):
-        seconds = wall(plain if name == "plain" else functools.partial(captured, SITE_SETS[name]))
+        seconds = wall(plain if name == "plain" else functools.partial(captured, *CAPTURES[name]))
+        print(f"{name}: {seconds:.2f} s, {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB", flush=True)
         if repeat:  # the first compiles
             times[name].append(1e3 * seconds / STEPS)
     for name, values in times.items():
         quantiles = [float(np.quantile(values, q)) for q in (0.5, 0.2, 0.8)]
         more = np.median(np.array(values) / np.array(times["plain"])) - 1
-        table.add("forward", name, 0, quantiles, overhead=float(more), steps=STEPS)
+        table.add("forward", name, 0, quantiles, overhead=float(more), steps=STEPS,
+                  group=0 if name == "plain" else CAPTURES[name][1])  # fmt: skip
 
 
 def time_capture(table: Table, model, folder: Path) -> None:
     """Tokens to files, as a capture run does it: statistics, policies, histograms of all layers."""
     before = time.perf_counter()
     tokens = real_tokens(folder)
+    tokenized = time.perf_counter()
+    one_of_each_size = {len(batch): batch for batch in tokens.split(BATCH)}
+    for batch in one_of_each_size.values():  # kernels are compiled and tuned at first use
+        capture(model, [batch], ("mlp_input",), progress=False)
+    torch.cuda.synchronize()
     start = time.perf_counter()
     sites = capture(model, tokens.split(BATCH), ("mlp_input",), group_size=GROUP, progress=False)
     torch.cuda.synchronize()
@@ -105,18 +116,19 @@ def time_capture(table: Table, model, folder: Path) -> None:
         marginals, sequences = pool_tables("calibration", sites, ["open text"] * SEQUENCES)
         write_table(marginals, path / "marginals.parquet")
         write_table(sequences, path / "sequences.parquet")
-        rows = [(k, p, a) for k, s in sites.items() for p, a in policy_amaxes(s.total.marginals).items()]
+        totals = {label: site.total for label, site in sites.items()}
+        rows = [(k, p, a) for k, t in totals.items() for p, a in policy_amaxes(t.marginals).items()]
         write_table(
             pd.DataFrame(rows, columns=["site", "policy", "calibrated_amax"]), path / "policies.parquet"
         )
-        for label, site in sites.items():
-            site.total.save(path / f"joint.{label}.parquet")
+        for label, total in totals.items():
+            total.save(path / f"joint.{label}.parquet")
         written = sum(file.stat().st_size for file in path.iterdir())
     end = time.perf_counter()
-    count = sum(site.total.count for site in sites.values())
+    count = sum(total.count for total in totals.values())
     expected = SEQUENCES * LENGTH * model.config.hidden_size * len(sites)
-    pairs = [len(site.total.keys) for site in sites.values()]
-    for part, seconds in (("tokenize", start - before), ("all", end - start),
+    pairs = [len(total.keys) for total in totals.values()]
+    for part, seconds in (("tokenize", tokenized - before), ("all", end - start),
                           ("capture", captured - start), ("write", end - captured)):  # fmt: skip
         table.add("long_capture", part, 0, [1e3 * seconds] * 3, written=written, sites=len(sites),
                   sequences=SEQUENCES, pairs=max(pairs), ok=count == expected)  # fmt: skip
@@ -131,9 +143,11 @@ def run_model(commit: str | None, folder: Path | None, layers: int = 32) -> None
     table = Table()
     model = random_model(layers)
     parameters = sum(p.numel() for p in model.parameters())
-    time_overhead(table, model)
+    part = "model_fla" if attention.startswith("flash") else "model"
+    info = {"linear_attention": attention, "parameters": parameters, "batch": BATCH, "length": LENGTH,
+            "layers": model.config.num_hidden_layers, "group": GROUP}  # fmt: skip
     if folder is not None:
         time_capture(table, model, folder)
-    part = "model_fla" if attention.startswith("flash") else "model"
-    table.write(part, commit, linear_attention=attention, parameters=parameters, batch=BATCH,
-                length=LENGTH, layers=model.config.num_hidden_layers, group=GROUP)  # fmt: skip
+        table.write(part, commit, **info)
+    time_overhead(table, model)
+    table.write(part, commit, **info)

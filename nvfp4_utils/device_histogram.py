@@ -43,7 +43,7 @@ def _extremes(words):
     return tl.maximum(low, high), tl.minimum(below_low, below_high)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base", "rows"])  # they vary: no compilation in the middle of a run
 def _block_codes_kernel(
     x_ptr, codes_ptr, status_ptr, n_blocks, n_codes, base, rows,
     COLUMNS: tl.constexpr, LIST: tl.constexpr, LISTED: tl.constexpr,

@@ -113,8 +113,6 @@ def _fake_quantize_kernel(
     BLOCKS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     g = tl.load(scale_ptr)
-    if tl.program_id(0) == 0 and not (g >= LOWEST and g < HIGHEST):  # NaN too
-        tl.store(bad_ptr + 1, 1)
     # A thread loads 16 bytes at a time. Two loads give it a whole block, and each scale is made once.
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     offset = block[:, None] * SIZE + tl.arange(0, SIZE // 2)[None, :]
@@ -129,7 +127,8 @@ def _fake_quantize_kernel(
     dtype = y_ptr.dtype.element_ty
     tl.store(y_ptr + offset, _quantize(first, step, DIVIDE).to(dtype), mask=inside)
     tl.store(y_ptr + offset + SIZE // 2, _quantize(second, step, DIVIDE).to(dtype), mask=inside)
-    if tl.max(amax_bits, axis=0) >= 0x7F800000:  # last, because a program's warps wait here
+    # Checked last: here a program's warps wait for each other.
+    if (tl.max(amax_bits, axis=0) >= 0x7F800000) | (g < LOWEST) | (g >= HIGHEST) | (g != g):
         tl.store(bad_ptr, 1)
 
 
@@ -138,7 +137,7 @@ def launch(
 ) -> None:
     """Fake-quantize contiguous ``x`` into ``y``.
 
-    ``bad`` [2] becomes 1 where ``x`` has NaN or infinity, and where the scale is out of range.
+    ``bad`` [1] becomes 1 if ``x`` has NaN or infinity, or the scale is out of range.
     """
     n_blocks = x.numel() // BLOCK_SIZE
     _fake_quantize_kernel[(triton.cdiv(n_blocks, BLOCKS),)](
@@ -162,13 +161,12 @@ def fake_quantize_triton(
     x = x.contiguous()
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     # In host memory: the kernel writes it when it must, and there is nothing to copy back.
-    bad = torch.zeros(2, dtype=torch.int32, pin_memory=x.is_cuda)
+    bad = torch.zeros(1, dtype=torch.int32, pin_memory=x.is_cuda)
     with torch.cuda.device_of(x):
         launch(x, y, bad, input_scale, underflow)
         if x.is_cuda:
             torch.cuda.current_stream().synchronize()
-    if bad[1]:
+    if bad.item():
         check_scale(input_scale)
-    if bad[0]:
         raise nonfinite_error(int((~torch.isfinite(x)).sum()))
     return y
