@@ -73,11 +73,6 @@ def ratio(a, b, reciprocal_of_b):
 
 
 @triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _block_scale(block_amax, g, FLOOR: tl.constexpr, DIVIDE: tl.constexpr):
     """E4M3 scale of each block: ``block_amax / (6 g)``, rounded."""
     six_g = 6.0 * g
@@ -124,18 +119,16 @@ def _fake_quantize_kernel(
     inside = (block < n_blocks)[:, None]
     first = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + offset + SIZE // 2, mask=inside, other=0.0).to(tl.float32)
-    larger = _larger(tl.abs(first), tl.abs(second))
-    if DIVIDE:  # what Triton's interpreter has built in: as integers, NaN is the largest
-        block_amax = tl.max(larger.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
-    else:
-        block_amax = tl.reduce(larger, 1, _larger)
+    larger = tl.maximum(tl.abs(first), tl.abs(second), propagate_nan=tl.PropagateNan.ALL)
+    # As integers, NaN compares greater than infinity, and infinity than every finite value.
+    amax_bits = tl.max(larger.to(tl.int32, bitcast=True), axis=1)
+    block_amax = amax_bits.to(tl.float32, bitcast=True)
     step = _block_scale(block_amax, g, FLOOR, DIVIDE) * g
     dtype = y_ptr.dtype.element_ty
     tl.store(y_ptr + offset, _quantize(first, step, DIVIDE).to(dtype), mask=inside)
     tl.store(y_ptr + offset + SIZE // 2, _quantize(second, step, DIVIDE).to(dtype), mask=inside)
     # Checked last: here a program's warps wait for each other.
-    largest = tl.max(block_amax.to(tl.int32, bitcast=True), axis=0)
-    if (largest >= 0x7F800000) | (g < LOWEST) | (g >= HIGHEST) | (g != g):
+    if (tl.max(amax_bits, axis=0) >= 0x7F800000) | (g < LOWEST) | (g >= HIGHEST) | (g != g):
         tl.store(bad_ptr, 1)
 
 
