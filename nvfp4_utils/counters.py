@@ -93,6 +93,7 @@ class DeviceCounter:
         self.unread = 0  # reports
         self.window = window
         self.next_window = window  # for the next table: holds what this one had no place for
+        self.low, self.high = INFINITY, 0  # block amax codes seen, without zero
         self.table: JointTable | None = None
         self.cells: tuple | None = None  # report of a closed table
         self.rest: list[torch.Tensor] = []
@@ -151,17 +152,17 @@ class DeviceCounter:
             )
         if status.bad:
             raise nonfinite_error(count_nonfinite(blocks, torch.bfloat16))
-        low, high = (status.lowest, status.highest) if status.highest else (ONE, ONE)
+        if status.highest:
+            self.low, self.high = min(self.low, status.lowest), max(self.high, status.highest)
         if window is None:
-            self.window = self.next_window = window_around(low, high)
+            around = (self.low, self.high) if self.high else (ONE, ONE)
+            self.window = self.next_window = window_around(*around)
             self._count(blocks)
             return
         self.zero_blocks += status.zeros
         if status.unplaced:
             self.rest.append(unplaced_blocks(blocks, codes, report, status.unplaced))
-            base, rows = self.next_window or window
-            if low < base or high >= base + rows:
-                self.next_window = window_around(min(low, base), max(high, base + rows - 1))
+            self.next_window = window_around(self.low, self.high)
 
     def close(self) -> None:
         """Nothing comes after; what ``flush`` needs is under way."""

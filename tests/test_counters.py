@@ -65,6 +65,23 @@ def test_the_next_window_holds_what_this_one_had_no_place_for():
     assert not following.rest
 
 
+def test_the_window_of_activations_too_wide_for_any_table_stays_where_it_is():
+    exponents = torch.linspace(-60, 20, 64)[:, None].expand(64, 16)  # 80 octaves; a table has 32
+    x = (normal(64, 16).abs() + 0.5).mul(torch.exp2(exponents)).view(2, 32, 16).to(BF16)
+    window, windows = None, set()
+    for _ in range(4):
+        counter = DeviceCounter(Reports(), window)
+        for _ in range(2):
+            counter.add(x, None, 0)
+        counter.close()
+        assert same(counter.finish(), ActivationStatistics.from_tensor(torch.cat([x, x])))
+        window = counter.next_window
+        windows.add(window)
+    assert len(windows) == 1
+    base, rows = window
+    assert base + rows > int(x.view(torch.int16).max())
+
+
 def test_a_table_can_be_freed_before_the_counter_is_finished():
     x = normal(2, 4, 64).to(BF16)
     counter = DeviceCounter(Reports())
