@@ -8,6 +8,7 @@ a joint histogram a group of sequences, and each sequence's amax.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -84,6 +85,8 @@ class _Counter:
 class _Counters:
     """Counters of every site and group, and the amax of every sequence, while a model runs."""
 
+    room = math.inf  # bytes on the device for the statistics of complete groups
+
     def __init__(self, group_size: int) -> None:
         self.group_size = group_size
         self.sites: dict[str, list] = {}  # a counter a group
@@ -91,6 +94,7 @@ class _Counters:
         self.reports: Any = None  # of all ``DeviceCounter``
         self.closed: deque = deque()  # counters of complete groups that still have a table
         self.closed_bytes = 0  # of these tables
+        self.sparse_bytes = 0  # of statistics that were tables
 
     def add(self, label: str, x: torch.Tensor, first: int, keep, padding: list[int]) -> None:
         """Count ``x`` at a site; ``first``: sequences before it, ``padding``: tokens each has."""
@@ -114,7 +118,9 @@ class _Counters:
         if x.is_cuda and x.dtype == torch.bfloat16:
             from .counters import DeviceCounter, Reports  # need Triton
 
-            self.reports = self.reports or Reports()
+            if self.reports is None:
+                self.reports = Reports()
+                self.room = torch.cuda.mem_get_info(x.device)[0] // 4
             counters.append(DeviceCounter(self.reports, window))
         else:
             counters.append(_Counter())
@@ -128,6 +134,9 @@ class _Counters:
             oldest = self.closed.popleft()
             self.closed_bytes -= oldest.table_bytes
             oldest.flush()
+            self.sparse_bytes += oldest.statistics.nbytes
+            if self.sparse_bytes > self.room:  # slow, as the host waits for each, but it ends
+                oldest.statistics = oldest.statistics.to("cpu")
 
     def finish(self, label: str) -> SiteStatistics:
         """The site's statistics; waits for the device."""
@@ -215,7 +224,8 @@ def capture(
         with mask 0 are padding and are never counted.
     sites : names in ``SITES``, or regular expressions on module names
     group_size : int
-        Sequences a statistics group.
+        Sequences a statistics group. A group keeps 16 bytes a site and distinct pair, about 10 MB,
+        on the device; past a quarter of the memory that was free, on the host, which is slower.
     progress : bool
         Show a tqdm bar.
 

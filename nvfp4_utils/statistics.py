@@ -192,12 +192,19 @@ class ActivationStatistics:
                 f"cannot merge statistics of {[str(part.dtype) for part in parts]}; expected at "
                 "least one statistic, all of one dtype."
             )
-        keys, counts = (torch.cat([getattr(p, name) for p in parts]) for name in ("keys", "counts"))
+        device = parts[0].keys.device
+        keys = torch.cat([part.keys.to(device) for part in parts])
+        counts = torch.cat([part.counts.to(device) for part in parts])
         return cls(parts[0].dtype, *sum_by_key(keys, counts))
 
     def to(self, device) -> ActivationStatistics:
         """The same statistic with its tensors on ``device``."""
         return ActivationStatistics(self.dtype, self.keys.to(device), self.counts.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the pairs and their counts."""
+        return self.keys.nbytes + self.counts.nbytes
 
     @property
     def block_codes(self) -> torch.Tensor:

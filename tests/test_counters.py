@@ -157,6 +157,7 @@ def test_capture_gives_the_same_with_either_counter(kept_bytes, monkeypatch):
     reports = Reports()
     monkeypatch.setattr(module, "_Counter", lambda: DeviceCounter(reports))
     monkeypatch.setattr(module, "CLOSED_BYTES", kept_bytes)
+    monkeypatch.setattr(module._Counters, "room", kept_bytes)
     found = capture(model, batches, sites, group_size=2, progress=False)
     assert list(found) == list(expected)
     for label, site in found.items():

@@ -3,6 +3,7 @@
 """What only a CUDA device can show: the compiled kernel, statistics and capture on it."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -180,7 +181,8 @@ def test_a_counter_finds_nan_and_changes_in_place():
         counter.close()
 
 
-def test_capture_runs_on_the_device():
+@pytest.mark.parametrize("room", [0, math.inf])
+def test_capture_runs_on_the_device(room, monkeypatch):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.Qwen3_5TextConfig(
@@ -194,8 +196,13 @@ def test_capture_runs_on_the_device():
     mask[1, 10:] = 0
     ids = torch.randint(1, 97, (6, 32)) * mask
     batches = [{"input_ids": ids[i : i + 2], "attention_mask": mask[i : i + 2]} for i in (0, 2, 4)]
+    module = sys.modules["nvfp4_utils.capture"]
+    if not room:
+        monkeypatch.setattr(module, "CLOSED_BYTES", 0)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     found = capture(model, batches, ["mlp_input", "down_proj_input"], group_size=4, progress=False)
     assert len(found) == 8
+    assert all(site.groups[0].keys.is_cuda == (room > 0) for site in found.values())
     for label, site in found.items():
         width = 128 if "down" in label else 64
         assert [g.count for g in site.groups] == [(3 * 32 + 10) * width, 2 * 32 * width]
