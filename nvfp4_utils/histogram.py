@@ -52,10 +52,12 @@ def merge_counts(keys_a, counts_a, keys_b, counts_b):
     if not len(keys_b):
         return keys_a, counts_a
     at = torch.searchsorted(keys_a, keys_b)
-    new = keys_a[at.clamp(max=len(keys_a) - 1)] != keys_b
-    counts_a = counts_a.index_add(0, at[~new], counts_b[~new])
-    place = at[new] + torch.arange(int(new.sum()), device=at.device)
-    size = len(keys_a) + len(place)
+    known = at.clamp(max=len(keys_a) - 1)
+    new = keys_a[known] != keys_b
+    counts_a = counts_a.index_add(0, known, torch.where(new, 0, counts_b))
+    new = new.nonzero().squeeze(1)  # the one place where the host waits for a device
+    place = at[new] + torch.arange(len(new), device=at.device)
+    size = len(keys_a) + len(new)
     old = torch.ones(size, dtype=torch.bool, device=at.device)
     old[place] = False
     merged = []
