@@ -103,10 +103,16 @@ def prose(text: str) -> None:
     _display("Markdown", text)
 
 
-def table(frame: pd.DataFrame, *, caption: str, digits: int = 2, significant: bool = False) -> None:
-    """Display a table with a caption; floats to ``digits`` decimals, or significant digits."""
+def table(
+    frame: pd.DataFrame, *, caption: str, digits: int = 2, significant: bool = False, wrap: bool = False
+) -> None:
+    """Display a table with a caption; floats to ``digits`` decimals, or significant digits.
+
+    ``wrap``: cells hold sentences, which may take several lines.
+    """
     style = f".{digits}{'g' if significant else 'f'}"
-    body = frame.to_html(float_format=lambda v: f"{v:{style}}", border=0, classes="table", na_rep="–")
+    classes = "table wrap" if wrap else "table"
+    body = frame.to_html(float_format=lambda v: f"{v:{style}}", border=0, classes=classes, na_rep="–")
     _display("HTML", f'<div style="overflow-x:auto">{body}</div><p><em>{caption}</em></p>')
 
 
