@@ -133,7 +133,6 @@ class DeviceCounter:
                 codes = block_codes(blocks, report)
             else:
                 if self.elements + blocks.numel() > MAX_ELEMENTS:
-                    self.close()
                     self.flush()
                 if self.table is None:
                     self.table = JointTable.of(*self.window, blocks.device)
@@ -172,7 +171,7 @@ class DeviceCounter:
             report = self.table.window.new_zeros(1, STATUS)
             with torch.cuda.device(report.device):
                 self.table.measure(report[0])
-                self.cells = _to_host(report)
+            self.cells = _to_host(report)
 
     @property
     def table_bytes(self) -> int:
@@ -180,12 +179,15 @@ class DeviceCounter:
         return 0 if self.table is None else self.table.counts.nbytes
 
     def flush(self) -> None:
-        """Move the counts of a closed table to the sparse statistic; frees the table."""
-        if self.table is not None and self.cells is not None:
-            with torch.cuda.device(self.table.window.device):
-                (status,) = _arrived(self.cells)
-                found = self.table.sparse(status.cells)
-            self.statistics.merge(ActivationStatistics(torch.bfloat16, *found))
+        """Move the counts of the table to the sparse statistic; frees the table."""
+        if self.table is None:
+            return
+        if self.cells is None:
+            self.close()
+        with torch.cuda.device(self.table.window.device):
+            (status,) = _arrived(self.cells)
+            found = self.table.sparse(status.cells)
+        self.statistics.merge(ActivationStatistics(torch.bfloat16, *found))
         self.table = self.cells = None
         self.elements = 0
 
@@ -226,9 +228,10 @@ def _arrived(seen) -> list[Status]:
 def _to_host(reports: torch.Tensor):
     """A copy of the reports' statuses that is under way to the host, and the event that ends it."""
     numbers = torch.empty(len(reports), STATUS, dtype=reports.dtype, pin_memory=True)
-    numbers.copy_(reports[:, :STATUS], non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record()
+    with torch.cuda.device(reports.device):  # a model may be spread over several
+        numbers.copy_(reports[:, :STATUS], non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
     return numbers, ready
 
 

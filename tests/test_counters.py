@@ -82,6 +82,14 @@ def test_the_window_of_activations_too_wide_for_any_table_stays_where_it_is():
     assert base + rows > int(x.view(torch.int16).max())
 
 
+def test_a_counter_that_was_not_closed_loses_nothing():
+    x = normal(2, 4, 64).to(BF16)
+    counter = DeviceCounter(Reports())
+    for _ in range(2):
+        counter.add(x, None, 0)
+    assert same(counter.finish(), ActivationStatistics.from_tensor(torch.cat([x, x])))
+
+
 def test_a_table_can_be_freed_before_the_counter_is_finished():
     x = normal(2, 4, 64).to(BF16)
     counter = DeviceCounter(Reports())
