@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .statistics import ActivationStatistics
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import corpora, policies, scoring
 from .capture import SITES, SiteStatistics, capture, hooked
