@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -53,6 +54,11 @@ def launch_once() -> None:
 
 def read() -> pd.DataFrame:
     """Run this script under ``ncu``; a row a kernel and counter."""
+    if shutil.which("ncu") is None:
+        raise FileNotFoundError(
+            "ncu is not on the PATH; expected NVIDIA Nsight Compute, which comes with CUDA. Add its "
+            "folder to PATH."
+        )
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw",
                "--print-units", "base", "--kernel-name", f"regex:({'|'.join(KERNELS)})",
                "--metrics", ",".join(COUNTERS), sys.executable, __file__, "--launch-once"]  # fmt: skip

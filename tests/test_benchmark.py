@@ -10,8 +10,9 @@ import torch
 
 from nvfp4_utils import benchmark
 from nvfp4_utils.histogram import joint_histogram
+from nvfp4_utils.results import ROOT
 
-STORED = ("cpu", "kernels", "model")
+STORED = ("cpu", "kernels", "model", "model_fla")
 
 
 def test_a_hash_sees_a_changed_a_moved_and_a_missing_count():
@@ -49,3 +50,37 @@ def test_stored_results_were_right_and_say_where_they_come_from(part):
     assert (table.ms_p20 <= table.ms).all() and (table.ms <= table.ms_p80).all()
     info = json.loads((benchmark.FOLDER / f"{part}.json").read_text())
     assert {"commit", "device", "date", "versions"} <= set(info)
+
+
+@pytest.fixture
+def counters(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import counters as module  # type: ignore[import-not-found]
+
+    return module
+
+
+def test_counters_are_read_from_what_ncu_prints(counters, tmp_path, monkeypatch):
+    header = ["ID", "Kernel Name", *counters.COUNTERS]
+    units = ["", "", "ns", "byte", "byte", *["%"] * 4, "inst", "%"]
+    lines = [header, units]
+    for i, name in enumerate(reversed(counters.KERNELS)):
+        lines.append([i, f"_{name}_kernel", f"1,{i}00,000", *[f"{10 * i + k}" for k in range(8)]])
+    text = "\n".join(",".join(f'"{cell}"' for cell in line) for line in lines)
+    (tmp_path / "output").write_text("==PROF== Connected\n" + text)
+    (tmp_path / "ncu").write_text(f"#!/bin/sh\ncat {tmp_path / 'output'}\n")
+    (tmp_path / "ncu").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = counters.read().set_index(["kernel", "counter"]).value
+    assert len(found) == 36
+    assert found["fake_quantize", "duration"] == 1e6 / 1e9
+    assert found["block_codes", "duration"] == pytest.approx(1.3e6 / 1e9)
+    assert found["count_pairs", "DRAM bytes read"] == 10
+    stored = pd.read_csv(benchmark.FOLDER / "counters.csv").set_index(["kernel", "counter"])
+    assert list(stored.index) == list(found.index)
+
+
+def test_without_ncu_the_error_says_where_it_comes_from(counters, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(FileNotFoundError, match=r"^ncu is not on the PATH; expected NVIDIA Nsight"):
+        counters.read()
