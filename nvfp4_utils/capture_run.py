@@ -12,6 +12,7 @@ scored again, by the new calibrations too.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from .statistics import Marginals
 from .subsets import SubsetMarginals
 
 WINDOW = 256  # tokens of the study's test tensor
+BEGUN = "begun.json"  # what an unfinished run was begun with
 
 
 def _capture(model, tokens, group_size: int, batch: int) -> dict[str, SiteStatistics]:
@@ -169,6 +171,32 @@ def _window_menu(calibrations: dict, oracle: dict, mix: str, window_mixes: list[
     return both
 
 
+def _settings(info: dict) -> dict[str, str]:
+    """What must not change while a run is made, or when mixes are added to it."""
+    made = info["provenance"]
+    texts = {f"texts of {mix}": json.dumps(text, sort_keys=True) for mix, text in info["texts"].items()}
+    versions = {f"version of {name}": version for name, version in made["versions"].items()}
+    hashed = {"model": info["model_sha256"], "code": made["source_sha256"], **texts}
+    short = {k: hashlib.sha256(v.encode()).hexdigest()[:12] for k, v in hashed.items()}
+    return short | made["parameters"] | versions | {"device": made["device"]}
+
+
+def _begin(path: Path, info: dict) -> None:
+    """Refuse to go on with a run that was made with other settings, or note those of a new one."""
+    for file in (path / "run.json", path / BEGUN):
+        if file.exists():
+            old, new = _settings(json.loads(file.read_text())), _settings(info)
+            changed = [f"{k} was {old[k]}, is {new[k]}" for k in old if k in new and old[k] != new[k]]
+            if changed:
+                raise ValueError(
+                    f"{path} was captured with other settings: {'; '.join(changed)}. Expected the same: "
+                    "its files would not fit together. Take another name, or delete the folder to "
+                    "capture it again."
+                )
+    path.mkdir(parents=True, exist_ok=True)
+    (path / BEGUN).write_text(json.dumps(info, indent=1))
+
+
 def capture_run(
     model_name: str,
     mixes: list[str],
@@ -192,6 +220,9 @@ def capture_run(
 
     Joint histograms are kept of the ``featured`` sites of the first ``featured_mixes``; errors by
     window of 256 tokens, and curves for a bfloat16 output, of the first ``window_mixes``.
+
+    What ``path`` holds already is kept. Raises ``ValueError`` if it was captured with another model,
+    other parameters, texts, code, versions, or on another device.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -205,6 +236,18 @@ def capture_run(
                                folder=folder, allow_shortfall=allow_shortfall)
         for mix in mixes
     }  # fmt: skip
+    info = {
+        "model": model_name,
+        "model_name": f"{model_path.name} model",
+        "model_sha256": sha256_of(model_path) if model_path.exists() else "hub",
+        "mixes": mixes,
+        "featured_mixes": mixes[:featured_mixes],
+        "window_mixes": mixes[:window_mixes],
+        "texts": {m: t.provenance | {"shortfall": t.shortfall} for m, t in texts.items()},
+        "provenance": provenance(commit, calibration=calibration, test=test, length=length, group=group,
+                                 test_group=test_group, batch=batch, draws=draws),
+    }  # fmt: skip
+    _begin(path, info)
     for mix in mixes:
         (path / mix).mkdir(parents=True, exist_ok=True)
         if not (path / mix / "policies.parquet").exists():
@@ -227,20 +270,9 @@ def capture_run(
     for mix in mixes:
         for name in ("marginals", "sequences", "subsets"):
             (path / mix / f"calibration_{name}.parquet").unlink(missing_ok=True)
-    info = {
-        "model": model_name,
-        "model_name": f"{model_path.name} model",
-        "model_sha256": sha256_of(model_path) if model_path.exists() else "hub",
-        "mixes": mixes,
-        "sites": list(calibrations),
-        "featured": chosen,
-        "featured_mixes": mixes[:featured_mixes],
-        "window_mixes": mixes[:window_mixes],
-        "texts": {m: t.provenance | {"shortfall": t.shortfall} for m, t in texts.items()},
-        "provenance": provenance(commit, calibration=calibration, test=test, length=length, group=group,
-                                 test_group=test_group, batch=batch, draws=draws),
-    }  # fmt: skip
+    info |= {"sites": list(calibrations), "featured": chosen}
     (path / "run.json").write_text(json.dumps(info, indent=1))
+    (path / BEGUN).unlink()
 
 
 def default_featured(sites: list[str]) -> list[str]:

@@ -213,6 +213,30 @@ def test_a_mix_that_is_added_later_is_scored_on_the_old_test_pools(runs):
     assert contents(grown) == contents(runs / "tiny")
 
 
+def test_a_run_is_not_continued_with_other_settings(runs):
+    before, other = contents(runs / "tiny"), SETTINGS | {"calibration": 9}
+    message = (
+        rf"^{re.escape(str(runs / 'tiny'))} was captured with other settings: .*calibration was 8, is 9"
+    )
+    with pytest.raises(ValueError, match=message):
+        capture_run(str(runs / "model"), MIXES, runs / "tiny", commit="none", window_mixes=1, **other)
+    assert contents(runs / "tiny") == before
+
+
+def test_an_interrupted_run_remembers_its_settings(runs, monkeypatch):
+    broken = runs / "broken"
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("nvfp4_utils.capture_run._calibration_stage", fail)
+        capture_run(str(runs / "model"), MIXES, broken, commit="none", **SETTINGS)
+    message = rf"^{re.escape(str(broken))} was captured with other settings: batch was"
+    with pytest.raises(ValueError, match=message):
+        capture_run(str(runs / "model"), MIXES, broken, commit="none", **SETTINGS | {"batch": 3})
+
+
 def test_provenance_names_what_a_result_came_from(run):
     info = run.info["provenance"]
     assert info["commit"] == "none"
