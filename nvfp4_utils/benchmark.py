@@ -88,6 +88,13 @@ def device_times(call: Callable, rep: int = 100) -> list[float]:
     return triton.testing.do_bench(call, rep=rep, quantiles=[0.5, 0.2, 0.8])
 
 
+def write_provenance(part: str, commit: str | None, **parameters) -> None:
+    """Where the part's results come from, beside them in ``FOLDER``, which is made."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    info = provenance(commit, **parameters)
+    (FOLDER / f"{part}.json").write_text(json.dumps(info, indent=1) + "\n")
+
+
 class Table:
     """Rows of one part: what was timed, on what, how long, and whether the result was right."""
 
@@ -103,10 +110,8 @@ class Table:
         print(f"{name:24} {case:22} {size / MIB:9.2f} MiB {median:10.4f} ms {detail}", flush=True)
 
     def write(self, part: str, commit: str | None, **parameters) -> None:
-        FOLDER.mkdir(parents=True, exist_ok=True)
+        write_provenance(part, commit, **parameters)
         pd.DataFrame(self.rows).to_parquet(FOLDER / f"{part}.parquet", index=False)
-        info = provenance(commit, **parameters)
-        (FOLDER / f"{part}.json").write_text(json.dumps(info, indent=1) + "\n")
 
 
 # -------------------------------------------------------------------------------------------- CPU

@@ -174,18 +174,19 @@ def _window_menu(calibrations: dict, oracle: dict, mix: str, window_mixes: list[
 def _settings(info: dict) -> dict[str, str]:
     """What must not change while a run is made, or when mixes are added to it."""
     made = info["provenance"]
-    texts = {f"texts of {mix}": json.dumps(text, sort_keys=True) for mix, text in info["texts"].items()}
+    hashes = {"model": info["model_sha256"], "code": made["source_sha256"]}
+    for mix, text in info["texts"].items():
+        hashes[f"texts of {mix}"] = hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
     versions = {f"version of {name}": version for name, version in made["versions"].items()}
-    hashed = {"model": info["model_sha256"], "code": made["source_sha256"], **texts}
-    short = {k: hashlib.sha256(v.encode()).hexdigest()[:12] for k, v in hashed.items()}
-    return short | made["parameters"] | versions | {"device": made["device"]}
+    return hashes | made["parameters"] | versions | {"device": made["device"]}
 
 
 def _begin(path: Path, info: dict) -> None:
     """Refuse to go on with a run that was made with other settings, or note those of a new one."""
+    new = _settings(info)
     for file in (path / "run.json", path / BEGUN):
         if file.exists():
-            old, new = _settings(json.loads(file.read_text())), _settings(info)
+            old = _settings(json.loads(file.read_text()))
             changed = [f"{k} was {old[k]}, is {new[k]}" for k in old if k in new and old[k] != new[k]]
             if changed:
                 raise ValueError(

@@ -24,8 +24,8 @@ from .quantize import BLOCK_SIZE, nonfinite_error
 INFINITY = INFINITY_CODE[torch.bfloat16]
 STATUS = 5  # numbers of a report that the host reads
 LIST = STATUS + MAX_ROWS  # where a report's list begins; before it is room for the kernels' work
-LISTED = 2**16 - LIST  # blocks without a place that a report lists
-REPORT = LIST + LISTED
+REPORT = 2**16  # numbers of a report
+LISTED = REPORT - LIST  # blocks without a place that it can list
 
 
 @triton.jit
@@ -210,7 +210,7 @@ def count_on_device(blocks: torch.Tensor, dtype: torch.dtype, count_pairs=None):
     if blocks.data_ptr() % 16:
         blocks = blocks.clone()  # they are read 16 bytes at a time
     with torch.cuda.device_of(blocks):
-        report, second = new_reports(2, blocks.device)
+        (report,) = new_reports(1, blocks.device)
         codes = block_codes(blocks, report)
         table = JointTable(report, MAX_ROWS, count_pairs)
         table.add(blocks, codes, report)
@@ -220,7 +220,7 @@ def count_on_device(blocks: torch.Tensor, dtype: torch.dtype, count_pairs=None):
             raise nonfinite_error(count_nonfinite(blocks, dtype))
         if status.highest - status.lowest >= MAX_ROWS:  # too wide for a table: its upper part
             window = status.highest - MAX_ROWS + 1, MAX_ROWS
-            report = second
+            (report,) = new_reports(1, blocks.device)
             codes = block_codes(blocks, report, *window)
             table = JointTable.of(*window, blocks.device, count_pairs)
             table.add(blocks, codes, report)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import shutil
 import subprocess
 import sys
@@ -20,10 +19,9 @@ import sys
 import pandas as pd
 import torch
 
-from nvfp4_utils.benchmark import FOLDER, GIB, make
+from nvfp4_utils.benchmark import FOLDER, GIB, make, write_provenance
 from nvfp4_utils.histogram import joint_histogram
 from nvfp4_utils.quantize import fake_quantize
-from nvfp4_utils.results import provenance
 
 KERNELS = ("block_codes", "sort_blocks", "count_pairs", "fake_quantize")
 COUNTERS = {
@@ -87,10 +85,9 @@ def main() -> None:
     if a.launch_once:
         launch_once()
         return
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    read().to_csv(FOLDER / "counters.csv", index=False)
-    info = provenance(a.commit, kernels=list(KERNELS), elements=GIB // 2, data="gaussian")
-    (FOLDER / "counters.json").write_text(json.dumps(info, indent=1) + "\n")
+    found = read()
+    write_provenance("counters", a.commit, kernels=list(KERNELS), elements=GIB // 2, data="gaussian")
+    found.to_csv(FOLDER / "counters.csv", index=False)
 
 
 if __name__ == "__main__":
