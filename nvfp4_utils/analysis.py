@@ -94,8 +94,7 @@ def curve_snr(run: Run, mix: str, site: str, underflow: str, amaxes) -> np.ndarr
     Below twice the test amax the grid holds every bfloat16, so amax and percentile calibrations
     are read exactly; other values are interpolated in log amax.
     """
-    curve = run.curves(mix)
-    curve = curve[curve.site == site].sort_values("calibrated_amax")
+    curve = run.curve(mix, site)
     power = run.marginals(mix, site, "test").signal_power
     mse = np.interp(np.log2(amaxes), np.log2(curve.calibrated_amax), curve[f"mse_{underflow}"])
     return db(power / mse)

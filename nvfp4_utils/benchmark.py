@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 from . import policies
 from .histogram import joint_histogram
 from .quantize import BLOCK_SIZE, fake_quantize, fake_quantize_reference, input_scale_from_amax
-from .results import ROOT, provenance
+from .results import ROOT, provenance, write_json, write_table
 from .statistics import ActivationStatistics
 
 FOLDER = ROOT / "results" / "performance"
@@ -92,7 +91,7 @@ def write_provenance(part: str, commit: str | None, **parameters) -> None:
     """Where the part's results come from, beside them in ``FOLDER``, which is made."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     info = provenance(commit, **parameters)
-    (FOLDER / f"{part}.json").write_text(json.dumps(info, indent=1) + "\n")
+    write_json(info, FOLDER / f"{part}.json")
 
 
 class Table:
@@ -111,7 +110,7 @@ class Table:
 
     def write(self, part: str, commit: str | None, **parameters) -> None:
         write_provenance(part, commit, **parameters)
-        pd.DataFrame(self.rows).to_parquet(FOLDER / f"{part}.parquet", index=False)
+        write_table(pd.DataFrame(self.rows), FOLDER / f"{part}.parquet")
 
 
 # -------------------------------------------------------------------------------------------- CPU
@@ -126,9 +125,7 @@ def time_questions(table: Table, device: str) -> None:
     """MSE at 1,000 scales and the oracle, from a statistic of many pairs."""
     statistic = statistic_of_many_pairs(device)
     pairs = len(statistic.keys)
-    scales = input_scale_from_amax(
-        torch.from_numpy(statistic.amax * 2.0 ** np.linspace(-14, 14, SCALES))
-    )
+    scales = input_scale_from_amax(statistic.amax * 2.0 ** np.linspace(-14, 14, SCALES))
 
     def again() -> ActivationStatistics:  # without what an earlier call has cached
         return ActivationStatistics(statistic.dtype, statistic.keys, statistic.counts)
@@ -269,7 +266,7 @@ def time_candidates(table: Table, others: dict[str, Callable]) -> None:
     """The oracle one candidate at a time: the fastest fake quantizer plus MSE, 122 times."""
     x = make("gaussian", GIB // 2, "cuda", fresh_seed())
     amax = x.abs().max().item()
-    scales = input_scale_from_amax(torch.from_numpy(amax * np.logspace(-2, 2, CANDIDATES))).cuda()
+    scales = input_scale_from_amax(amax * np.logspace(-2, 2, CANDIDATES)).cuda()
     found = others or {"this package": fake_quantize}
     for name, peer in found.items():
 

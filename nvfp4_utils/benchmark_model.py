@@ -23,9 +23,9 @@ import torch
 from . import corpora
 from .benchmark import Table
 from .capture import SITES, capture
-from .capture_run import pool_tables, write_table
-from .results import ROOT
-from .scoring import policy_amaxes
+from .capture_run import pool_tables
+from .policies import FROM_MARGINALS, calibrate
+from .results import ROOT, write_table
 
 BATCH, LENGTH, VOCABULARY = 16, 512, 248320
 SEQUENCES = 2600
@@ -117,7 +117,8 @@ def time_capture(table: Table, model, folder: Path) -> None:
         write_table(marginals, path / "marginals.parquet")
         write_table(sequences, path / "sequences.parquet")
         totals = {label: site.total for label, site in sites.items()}
-        rows = [(k, p, a) for k, t in totals.items() for p, a in policy_amaxes(t.marginals).items()]
+        rows = [(label, policy, amax) for label, total in totals.items()
+                for policy, amax in calibrate(total.marginals, FROM_MARGINALS).items()]  # fmt: skip
         write_table(
             pd.DataFrame(rows, columns=["site", "policy", "calibrated_amax"]), path / "policies.parquet"
         )

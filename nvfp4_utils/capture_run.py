@@ -27,7 +27,7 @@ from . import corpora, policies, scoring
 from .capture import SITES, SiteStatistics, capture, hooked
 from .mixes import EMBEDDED_MIX
 from .quantize import UNDERFLOWS
-from .results import REFERENCE, RUNS, Run, provenance, sha256_of
+from .results import REFERENCE, RUNS, Run, provenance, sha256_of, write_json, write_table
 from .statistics import Marginals
 from .subsets import SubsetMarginals
 
@@ -59,15 +59,6 @@ def pool_tables(pool: str, sites: dict[str, SiteStatistics], source: list[str]):
     return marginals, sequences
 
 
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    for name in ("site", "pool", "level", "source", "calibration", "policy", "underflow"):
-        if name in table:
-            table[name] = table[name].astype("category")
-    part = path.with_suffix(".partial")
-    table.to_parquet(part, compression="zstd", compression_level=15, index=False)
-    part.rename(path)  # an interrupted write leaves no file that looks whole
-
-
 def _calibration_table(folder: Path, name: str) -> pd.DataFrame:
     """The calibration pool's rows: a file of their own until a run is done, then part of both."""
     path = folder / f"calibration_{name}.parquet"
@@ -94,8 +85,8 @@ def _calibration_stage(model, texts, path: Path, *, group: int, batch: int, draw
     marginals, sequences = pool_tables("calibration", sites, texts.calibration_source)
     write_table(marginals, path / "calibration_marginals.parquet")
     write_table(sequences, path / "calibration_sequences.parquet")
-    write_table(subsets.table(scoring.policy_amaxes), path / "calibration_subsets.parquet")
-    found = _each(lambda site: scoring.calibrate(sites[site].total), list(sites), "calibrate")
+    write_table(subsets.table(), path / "calibration_subsets.parquet")
+    found = _each(lambda site: policies.calibrate(sites[site].total), list(sites), "calibrate")
     rows = [(k, p, a) for k, amaxes in zip(sites, found, strict=True) for p, a in amaxes.items()]
     columns = ["site", "policy", "calibrated_amax"]
     write_table(pd.DataFrame(rows, columns=columns), path / "policies.parquet")
@@ -195,7 +186,7 @@ def _begin(path: Path, info: dict) -> None:
                     "capture it again."
                 )
     path.mkdir(parents=True, exist_ok=True)
-    (path / BEGUN).write_text(json.dumps(info, indent=1))
+    write_json(info, path / BEGUN)
 
 
 def capture_run(
@@ -272,7 +263,7 @@ def capture_run(
         for name in ("marginals", "sequences", "subsets"):
             (path / mix / f"calibration_{name}.parquet").unlink(missing_ok=True)
     info |= {"sites": list(calibrations), "featured": chosen}
-    (path / "run.json").write_text(json.dumps(info, indent=1))
+    write_json(info, path / "run.json")
     (path / BEGUN).unlink()
 
 

@@ -31,9 +31,7 @@ from tqdm import tqdm
 
 from .mixes import EMBEDDED_MIX, FOLDER_STREAMS, MIXES, STAND_INS, Member, Stream, quotas
 
-LOCAL_FOLDER = Path(
-    os.environ.get("NVFP4_CORPORA", Path(__file__).resolve().parents[1] / "../shared/corpora")
-)
+FOLDER_VARIABLE = "NVFP4_CORPORA"
 RESERVE_LENGTH = 512  # reserves count sequences of this many tokens, whatever length is asked for
 RECORDS_A_BATCH = 32
 EMBEDDED_SOURCE_BYTES = 4_000_000
@@ -61,11 +59,19 @@ class Sequences:
 # ------------------------------------------------------------------------------ reading records
 
 
-def _folder_path(stream: Stream, folder: Path) -> Path:
-    if not folder.is_dir():
+def corpora_folder(folder: str | Path | None = None) -> Path | None:
+    """The folder of text: the argument, else ``$NVFP4_CORPORA``, else None."""
+    found = folder or os.environ.get(FOLDER_VARIABLE)
+    return Path(found) if found else None
+
+
+def _folder_path(stream: Stream, folder: Path | None) -> Path:
+    if folder is None or not folder.is_dir():
+        got = "no corpora folder is set" if folder is None else f"corpora folder {folder} does not exist"
         raise FileNotFoundError(
-            f"corpora folder {folder} does not exist. Set NVFP4_CORPORA or pass folder=, or use "
-            f"the embedded mix {EMBEDDED_MIX!r}, which needs no files."
+            f"{got}; stream {stream.name!r} is {stream.source}.jsonl.gz in it, one record of text per "
+            f"line. Set {FOLDER_VARIABLE} or pass folder=, or use the embedded mix {EMBEDDED_MIX!r}, "
+            "which needs no files."
         )
     path = folder / f"{stream.source}.jsonl.gz"
     if not path.is_file():
@@ -76,7 +82,7 @@ def _folder_path(stream: Stream, folder: Path) -> Path:
     return path
 
 
-def _folder_records(stream: Stream, folder: Path) -> Iterator[dict]:
+def _folder_records(stream: Stream, folder: Path | None) -> Iterator[dict]:
     """Yield the records in the order of their ids: content hashes, hence a fixed shuffle.
 
     Several answers to one prompt follow one another, at the smallest of their ids.
@@ -321,7 +327,7 @@ def sequences(
             f"got calibration={calibration}, test={test}, length={length}; expected counts of at "
             f"least 0, not both 0, and a length of at least 1."
         )
-    root = LOCAL_FOLDER if folder is None else Path(folder)
+    root = corpora_folder(folder)
     members = MIXES[mix]
     plan = [
         (member, stream, {"calibration": n_calibration, "test": n_test})
@@ -399,7 +405,7 @@ def training_text(tokenizer: Any, *, folder: str | Path | None = None) -> Iterat
 
     Ends each with the end-of-sequence token. Raises FileNotFoundError for a missing folder or file.
     """
-    root = LOCAL_FOLDER if folder is None else Path(folder)
+    root = corpora_folder(folder)
     for stream in FOLDER_STREAMS.values():
         for zone, text, _ in _zoned(_folder_records(stream, root), stream, tokenizer):
             if zone == "training":

@@ -135,10 +135,9 @@ def harm_table(run: Run, mix: str, underflow: str, loss_db: float = HARM_DB) -> 
     the fitted tail expects one amax that large; infinite if its end lies below).
     """
     rows = []
-    curves = run.curves(mix)
     for site in run.sites:
         amaxes = sequence_amaxes(run, mix, site)
-        grid = np.sort(curves[curves.site == site].calibrated_amax.to_numpy())
+        grid = run.curve(mix, site).calibrated_amax.to_numpy()
         grid = grid[grid >= amaxes.max()]
         snr = curve_snr(run, mix, site, underflow, grid)
         fine = (snr >= snr[0] - loss_db).nonzero()[0][-1]  # beyond it, no ripple brings SNR back

@@ -173,8 +173,7 @@ def figure(name: str = "") -> tuple[plt.Figure, str, str]:
     """SNR against calibrated amax at one site, with every policy's place: figure, caption, alt."""
     run = Run(name)
     site, mix = run.featured[-1], run.featured_mix
-    curve = run.curves(mix)
-    curve = curve[curve.site == site].sort_values("calibrated_amax")
+    curve = run.curve(mix, site)
     power = run.marginals(mix, site, "test").signal_power
     fig, ax = plt.subplots(figsize=(7.2, 3.8))
     for convention, style in plots.UNDERFLOW_STYLE.items():

@@ -4,13 +4,14 @@
 
 Every policy takes statistics (``ActivationStatistics`` or ``Marginals``; the oracle needs the
 joint histogram) and returns an amax in the activation's units; ``input_scale_from_amax`` turns it
-into the stored scale.
+into the stored scale. ``POLICIES`` names them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -18,14 +19,13 @@ import torch
 from .quantize import (
     AMAX_PER_SCALE,
     E4M3_MAX,
-    E4M3_MIN_NORMAL,
+    E4M3_NORMAL_RANGE,
     FOUR_OVER_SIX_ROOM,
     Underflow,
     input_scale_from_amax,
 )
 from .statistics import ActivationStatistics, Marginals, codes_to_values
 
-E4M3_NORMAL_RANGE = E4M3_MAX / E4M3_MIN_NORMAL  # 28672
 ANCHOR_FLOOR = 1e6  # blocks this far under the upper anchor count as zero
 OCTAVE_POINTS = 128  # of the oracle's grid
 # The error jumps where a block scale passes an E4M3 midpoint, and its minimum often lies at a jump. A
@@ -63,21 +63,18 @@ def headroom(
     rho: float = 16384.0,
     anchor_percentile: float = 1.0,
     upper_percentile: float = 99.99,
-    histogram: bool = False,
 ) -> float:
     """``max(rho * anchor, upper)`` over nonzero per-block amaxes: ModelOpt ``nvfp4_act_headroom``.
 
-    ``anchor`` is the per-block amax at ``anchor_percentile``, over blocks not under
-    ``upper / 1e6``; ``upper`` the one at ``upper_percentile`` (100: the largest). The anchor's
-    block scale then sits at ``448 / rho`` of E4M3, everything above is room for unseen outliers.
+    ``anchor`` is the per-block amax at ``anchor_percentile``, over blocks not under ``upper / 1e6``;
+    ``upper`` the one at ``upper_percentile`` (100: the largest). The anchor's block scale then sits at
+    ``448 / rho`` of E4M3, everything above is room for unseen outliers. Percentiles are exact order
+    statistics; ModelOpt reads them off a histogram of 512 bins.
 
     Parameters
     ----------
     rho : float in (0, 28672)
         28672 would put the anchor on E4M3's smallest normal.
-    histogram : bool
-        False: exact order statistics. True: ModelOpt's 512-bin log2 histogram over
-        [-40, 40), percentiles at bin centres in float32, equal to theirs to the bit.
 
     Raises
     ------
@@ -89,11 +86,10 @@ def headroom(
             f"rho is {rho}; expected a value in (0, {E4M3_NORMAL_RANGE:g}), the normal range of "
             "E4M3. A larger rho would push the anchor's block scale into the subnormals."
         )
-    rank = _histogram_percentile if histogram else _exact_percentile
     upper = _positive(statistics.amax)
     if upper_percentile < 100:
-        upper = rank(statistics, upper_percentile, 0.0)
-    anchor = rank(statistics, anchor_percentile, upper / ANCHOR_FLOOR)
+        upper = statistics.block_amax_percentile(upper_percentile, above=0.0)
+    anchor = statistics.block_amax_percentile(anchor_percentile, above=upper / ANCHOR_FLOOR)
     # The result is stored as float32 there.
     return float(np.float32(max(rho * anchor, upper)))
 
@@ -107,7 +103,7 @@ def aligned_headroom(statistics: ActivationStatistics, underflow: Underflow = "f
     exponents = np.arange(OCTAVE_POINTS) / OCTAVE_POINTS
     low = headroom(statistics)
     amaxes = low * np.concatenate([2**exponents, _edges_above(low) / low])
-    scales = torch.as_tensor(input_scale_from_amax(torch.from_numpy(amaxes)))
+    scales = input_scale_from_amax(amaxes)
     return float(amaxes[statistics.mse(scales, underflow).argmin()])
 
 
@@ -115,30 +111,6 @@ def _edges_above(low: float) -> np.ndarray:
     """Both sides of the error's largest jumps in the octave above ``low``."""
     edges = EDGES * 2.0 ** np.floor(np.log2(low / EDGES[0]))
     return np.where(edges < low, 2 * edges, edges)
-
-
-def _exact_percentile(statistics: Statistics, p: float, above: float) -> float:
-    return statistics.block_amax_percentile(p, above=above)
-
-
-def _histogram_percentile(statistics: Statistics, p: float, above: float) -> float:
-    """A percentile as ModelOpt 0.47 reads it off its log2 histogram; arithmetic in float32."""
-    marginals = statistics if isinstance(statistics, Marginals) else statistics.marginals
-    bins, low, high = 512, -40.0, 40.0
-
-    def bin_of(values: torch.Tensor) -> torch.Tensor:
-        position = (torch.log2(values) - low) / (high - low)
-        return (position * bins).floor().long().clamp(0, bins - 1)
-
-    values = codes_to_values(marginals.block_codes, marginals.dtype).to(torch.float32)
-    nonzero = values > 0
-    counts = torch.zeros(bins, dtype=torch.int64)
-    counts.index_add_(0, bin_of(values[nonzero]), marginals.block_counts[nonzero])
-    weights = counts.float()
-    if above > 0:
-        weights[: int(bin_of(torch.tensor(above)))] = 0
-    at = int(torch.searchsorted(weights.cumsum(0), p / 100.0 * weights.sum()))
-    return float(2.0 ** (low + (min(at, bins - 1) + 0.5) / bins * (high - low)))
 
 
 def oracle(
@@ -162,7 +134,7 @@ def oracle(
     block_min = float(blocks[blocks > 0][0])
 
     def mse(amaxes: np.ndarray) -> np.ndarray:
-        scales = input_scale_from_amax(torch.from_numpy(amaxes))
+        scales = input_scale_from_amax(amaxes)
         return statistics.mse(scales, underflow, out_dtype=out_dtype)
 
     def grid(octaves: Iterable[int], points: int) -> np.ndarray:
@@ -216,3 +188,75 @@ def _positive(value: float) -> float:
             "whole tensor is zero: calibrate on more data or a higher percentile."
         )
     return value
+
+
+Needs = Literal["nothing", "marginals", "joint histogram", "each sequence", "the test tensor"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A way to calibrate.
+
+    ``needs``: what it is computed from. ``text``: one sentence. ``calibrate``: statistics -> calibrated
+    amax; None for what no calibration can give, the scale of a sequence while it runs and the oracle
+    of the test tensor. ``one_scale``: it sets one scale for the plain quantizer, so it lies on the curve
+    of error against scale.
+    """
+
+    needs: Needs
+    text: str
+    calibrate: Callable[[Any], float] | None = None
+    one_scale: bool = True
+
+
+def _percentile_policy(p: float) -> Policy:
+    text = f"Percentile {p:g} of |x|; what is larger saturates."
+    return Policy("marginals", text, lambda statistics: percentile(statistics, p))
+
+
+# The one list: scoring, styles, tables and pages take their policies, and their order, from here.
+POLICIES: dict[str, Policy] = {
+    "amax": Policy("marginals", "Largest magnitude of the calibration pool.", amax),
+    **{f"p{p:g}": _percentile_policy(p) for p in (99.0, 99.9, 99.99, 99.999)},
+    "headroom": Policy(
+        "marginals", "max(16384 p1, p99.99) of the nonzero per-block amaxes: room above.", headroom
+    ),
+    "constant": Policy("nothing", "2688, so that input_scale = 1.", constant),
+    "aligned": Policy(
+        "joint histogram",
+        "The scale of least flush error on the calibration pool in the octave above headroom.",
+        aligned_headroom,
+    ),
+    "mse": Policy(
+        "joint histogram",
+        "Least flush error on the calibration pool at any scale, searched on its exact statistic.",
+        oracle,
+    ),
+    "dynamic": Policy("each sequence", "Each sequence's own amax while it runs.", one_scale=False),
+    "four-over-six": Policy(
+        "marginals",
+        "448/256 of the amax; each block is scaled to 6 or to 4, the better one.",
+        four_over_six,
+        one_scale=False,
+    ),
+    "oracle": Policy("the test tensor", "Least error on the test tensor itself: the bound."),
+}
+CALIBRATED = tuple(name for name, policy in POLICIES.items() if policy.calibrate)
+FROM_MARGINALS = tuple(  # what can be had of any subset of sequences
+    name for name in CALIBRATED if POLICIES[name].needs == "marginals" and POLICIES[name].one_scale
+)
+
+
+def calibrate(statistics: Statistics, names: Iterable[str] = CALIBRATED) -> dict[str, float]:
+    """The calibrated amax of each named policy; all that calibrate need the joint histogram.
+
+    Raises
+    ------
+    ValueError
+        For a name that ``POLICIES`` lacks, or whose scale is not calibrated.
+    """
+    names = list(names)
+    unknown = [name for name in names if name not in CALIBRATED]
+    if unknown:
+        raise ValueError(f"policies {unknown} do not calibrate; expected some of {list(CALIBRATED)}.")
+    return {name: POLICIES[name].calibrate(statistics) for name in names}  # type: ignore[misc]

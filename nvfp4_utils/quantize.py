@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
 
@@ -11,10 +12,14 @@ import torch
 
 BLOCK_SIZE = 16
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1_MAX = 6.0
+# An element is rounded from E2M1_VALUES[k] to [k + 1] at midpoint k. A tie goes to the even code, so to
+# the upper value where k is odd.
+E2M1_MIDPOINTS = tuple((a + b) / 2 for a, b in itertools.pairwise(E2M1_VALUES))
+E2M1_MAX = E2M1_VALUES[-1]
 E4M3_MAX = 448.0
 E4M3_MIN_NORMAL = 2.0**-6
 E4M3_MIN_SUBNORMAL = 2.0**-9
+E4M3_NORMAL_RANGE = E4M3_MAX / E4M3_MIN_NORMAL  # 28672: the safe window is B_max to this times B_min
 AMAX_PER_SCALE = E2M1_MAX * E4M3_MAX  # 2688: the largest magnitude at input_scale = 1
 # Four Over Six puts the amax at 6 * 256, so that a block may also be scaled to 4: 1.5 * 256 = 384 is
 # an E4M3 number, 1.5 * 448 is beyond the largest. 448 / 256 of the amax gives its scale.
@@ -35,12 +40,12 @@ def input_scale_from_amax(amax):
 
     Parameters
     ----------
-    amax : float or Tensor
+    amax : float, or tensor, array or list of floats
         Calibrated amax, in the units of the activation; finite and positive.
 
     Returns
     -------
-    float (exactly representable in float32) for a float, a float32 tensor for a tensor.
+    float (exactly representable in float32) for a float, else a float32 tensor of the same shape.
 
     Raises
     ------
@@ -54,7 +59,7 @@ def input_scale_from_amax(amax):
     """
     scale = (torch.as_tensor(amax, dtype=torch.float64) / AMAX_PER_SCALE).to(torch.float32)
     check_scale(scale, name="amax / 2688")
-    return scale if isinstance(amax, torch.Tensor) else scale.item()
+    return scale if isinstance(amax, torch.Tensor) or scale.ndim else scale.item()
 
 
 def check_scale(input_scale, *, name: str = "input_scale") -> None:
@@ -70,7 +75,11 @@ def check_scale(input_scale, *, name: str = "input_scale") -> None:
 
 
 def check_tensor(x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
-    """Refuse a dtype or a last dimension the NVFP4 block layout cannot take."""
+    """Refuse what is no tensor, and a dtype or a last dimension the NVFP4 block layout cannot take."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(
+            f"x is a {type(x).__name__}; expected a tensor. Convert it with torch.tensor(x)."
+        )
     if x.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         got = str(x.dtype).removeprefix("torch.")
@@ -102,8 +111,9 @@ def check_underflow(underflow: str) -> None:
 def round_e2m1(u: torch.Tensor) -> torch.Tensor:
     """Round nonnegative float32 values to the nearest E2M1 magnitude, ties to even, at most 6.
 
-    The spacing of E2M1 is 0.5 below 2, 1 in [2, 4) and 2 from 4 on; ``torch.round`` takes ties to
-    the even multiple, which is the even code.
+    The spacing of ``E2M1_VALUES`` is 0.5 below 2, 1 in [2, 4) and 2 from 4 on; ``torch.round`` takes
+    ties to the even multiple, which is the even code. ``E2M1_MIDPOINTS`` are the same rule as a table,
+    which the exact error uses; a test holds the two together.
     """
     step = torch.where(u < 2, 0.5, torch.where(u < 4, 1.0, 2.0))
     return torch.clamp(torch.round(u / step) * step, max=E2M1_MAX)
@@ -136,7 +146,7 @@ def fake_quantize_reference(
 ) -> torch.Tensor:
     """The oracle of every other backend: PyTorch, float32 arithmetic, one line per rule.
 
-    ``input_scale`` is one scale, or one a block as [blocks, 1].
+    ``input_scale`` is one scale, or one per block as [blocks, 1].
     """
     blocks = x.to(torch.float32).reshape(-1, BLOCK_SIZE)
     block_amax = blocks.abs().amax(dim=-1, keepdim=True)

@@ -19,8 +19,8 @@ from .quantize import (
     BLOCK_SIZE,
     E2M1_MAX,
     E4M3_MAX,
-    E4M3_MIN_NORMAL,
     E4M3_MIN_SUBNORMAL,
+    E4M3_NORMAL_RANGE,
     UNDERFLOWS,
     Underflow,
     block_scale_e4m3,
@@ -30,7 +30,6 @@ from .quantize import (
 from .results import Run
 from .statistics import ActivationStatistics, Marginals, codes_to_values
 
-NORMAL_END = E4M3_MAX / E4M3_MIN_NORMAL  # rho = 28672
 UNDERFLOW_START = E4M3_MAX / (E4M3_MIN_SUBNORMAL / 2)  # rho = 458752; this tie rounds to even, 0
 REGIMES = ("saturated", "normal", "subnormal", "underflow")
 BINS_AN_OCTAVE = 2
@@ -56,7 +55,7 @@ def safe_window(marginals: Marginals) -> tuple[float, float]:
     Empty, with the first above the second, where block amaxes span more than a factor of 28672.
     """
     values, _ = nonzero_blocks(marginals)
-    return float(values[-1]), float(NORMAL_END * values[0])
+    return float(values[-1]), float(E4M3_NORMAL_RANGE * values[0])
 
 
 def block_regimes(marginals: Marginals, calibrated_amax: float) -> dict[str, float]:
@@ -71,7 +70,7 @@ def block_regimes(marginals: Marginals, calibrated_amax: float) -> dict[str, flo
         raise ValueError(f"calibrated_amax is {calibrated_amax}; expected a positive value.")
     values, counts = nonzero_blocks(marginals)
     rho = calibrated_amax / values
-    of = np.digitize(rho, [1, np.nextafter(NORMAL_END, np.inf), UNDERFLOW_START])
+    of = np.digitize(rho, [1, np.nextafter(E4M3_NORMAL_RANGE, np.inf), UNDERFLOW_START])
     shares = np.bincount(of, weights=counts, minlength=len(REGIMES)) / counts.sum()
     return dict(zip(REGIMES, shares.tolist(), strict=True))
 
@@ -110,7 +109,7 @@ def worked_block(
 
 def snr_curve(statistics: ActivationStatistics, amaxes: np.ndarray) -> pd.DataFrame:
     """SNR (dB) at calibrated amaxes under both conventions: columns calibrated_amax, flush, floor."""
-    scales = input_scale_from_amax(torch.from_numpy(amaxes))
+    scales = input_scale_from_amax(amaxes)
     return pd.DataFrame(
         {"calibrated_amax": amaxes} | {u: statistics.snr_db(scales, u) for u in UNDERFLOWS}
     )
@@ -119,7 +118,7 @@ def snr_curve(statistics: ActivationStatistics, amaxes: np.ndarray) -> pd.DataFr
 def shade_scale_axis(ax: plt.Axes, marginals: Marginals) -> None:
     """Shade and label the regimes of a tensor along an axis of calibrated amaxes."""
     low, high = safe_window(marginals)
-    end = high * UNDERFLOW_START / NORMAL_END
+    end = high * UNDERFLOW_START / E4M3_NORMAL_RANGE
     left, right = ax.get_xlim()
     edges = [left, low, high, end, right]
     names = ["saturation", "safe window", "subnormal\nblock scales", "blocks\nunderflow"]
@@ -130,7 +129,7 @@ def shade_block_axis(ax: plt.Axes, marginals: Marginals, calibrated_amax: float)
     """Shade the regimes along an axis of block amaxes, labelled with the share of blocks in each."""
     shares = block_regimes(marginals, calibrated_amax)
     left, right = ax.get_xlim()
-    rhos = [UNDERFLOW_START, NORMAL_END, 1]
+    rhos = [UNDERFLOW_START, E4M3_NORMAL_RANGE, 1]
     edges = [left, *(calibrated_amax / rho for rho in rhos), right]
     names = [f"{name}\n{100 * shares[name]:.4g} %" for name in reversed(REGIMES)]
     _shade(ax, edges, names, reversed(REGIMES))
@@ -199,8 +198,7 @@ def draw_site(
     if calibrated_amax is None:
         calibrated_amax = float(landed[landed.policy == "amax"].calibrated_amax.iloc[0])
     marginals = run.marginals(mix, site, "test")
-    curve = run.curves(mix)
-    curve = curve[curve.site == site].sort_values("calibrated_amax")
+    curve = run.curve(mix, site)
     snr = analysis.curve_snr(run, mix, site, underflow, curve.calibrated_amax.to_numpy())
     here = float(analysis.curve_snr(run, mix, site, underflow, [calibrated_amax])[0])
     fig, (top, bottom) = plt.subplots(2, 1, figsize=(7.2, 6.4), height_ratios=[3, 2])
@@ -254,7 +252,7 @@ def site_table(sites: dict[str, ActivationStatistics]) -> pd.DataFrame:
             "amax": m.amax,
             "rms": m.signal_power**0.5,
             "p99.99 / amax": m.percentile(99.99) / m.amax,
-            "log2 B_max/B_min": np.log2(low / high * NORMAL_END),
+            "log2 B_max/B_min": np.log2(low / high * E4M3_NORMAL_RANGE),
             "room (octaves)": np.log2(high / low),
             "normal %": 100 * block_regimes(m, m.amax)["normal"],
         }

@@ -21,6 +21,7 @@ from .statistics import ActivationStatistics, Marginals
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "results" / "reference"
 RUNS = ROOT / "runs"
+LABELS = ("site", "pool", "level", "source", "calibration", "policy", "underflow")  # stored as codes
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pyarrow")
 
 
@@ -58,6 +59,22 @@ def sha256_of(path: Path) -> str:
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as Parquet; an interrupted write leaves no file that looks whole."""
+    labels = [name for name in LABELS if name in table]
+    table = table.astype(dict.fromkeys(labels, "category"))
+    part = path.with_suffix(".partial")
+    table.to_parquet(part, compression="zstd", compression_level=15, index=False)
+    part.replace(path)
+
+
+def write_json(info: dict, path: Path) -> None:
+    """Write JSON; an interrupted write leaves the old file, or none."""
+    part = path.with_suffix(".partial")
+    part.write_text(json.dumps(info, indent=1) + "\n")
+    part.replace(path)
 
 
 class Run:
@@ -116,6 +133,11 @@ class Run:
         Of ``window_mixes`` also mse_flush_bf16, for a bfloat16 output.
         """
         return self._table(mix, "curves")
+
+    def curve(self, mix: str, site: str) -> pd.DataFrame:
+        """``curves(mix)`` of one site, by ascending calibrated amax."""
+        curves = self.curves(mix)
+        return curves[curves.site == site].sort_values("calibrated_amax")
 
     def errors(self, mix: str) -> pd.DataFrame:
         """site, calibration, policy, underflow, calibrated_amax, group, mse on ``mix``'s test."""

@@ -4,13 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import pandas as pd
 import torch
 
-from . import policies
 from .capture import SiteStatistics
 from .quantize import (
     BLOCK_SIZE,
@@ -22,34 +19,9 @@ from .quantize import (
 )
 from .statistics import ActivationStatistics, codes_to_values
 
-PERCENTILES = (99.0, 99.9, 99.99, 99.999)
 CURVE_OCTAVES = 19  # above the largest block amax: past the last subnormal block scale
 DYNAMIC = "dynamic"
 FOUR_OVER_SIX = "four-over-six"
-
-
-def policy_amaxes(statistics: policies.Statistics) -> dict[str, float]:
-    """The calibrated amax of every policy that needs no more than the two marginals."""
-    return {
-        "amax": policies.amax(statistics),
-        **{f"p{p:g}": policies.percentile(statistics, p) for p in PERCENTILES},
-        "headroom": policies.headroom(statistics),
-    }
-
-
-def calibrate(statistics: ActivationStatistics) -> dict[str, float]:
-    """The calibrated amax of every policy; ``mse`` and ``aligned`` minimize the pool's flush error."""
-    return policy_amaxes(statistics) | {
-        "constant": policies.constant(statistics),
-        "mse": policies.oracle(statistics, "flush"),
-        "aligned": policies.aligned_headroom(statistics, "flush"),
-        FOUR_OVER_SIX: policies.four_over_six(statistics),
-    }
-
-
-def scales_of(amaxes: Iterable[float]) -> torch.Tensor:
-    """float32 scales of calibrated amaxes."""
-    return torch.as_tensor(input_scale_from_amax(torch.tensor(list(amaxes), dtype=torch.float64)))
 
 
 def curve_amaxes(statistics: ActivationStatistics) -> np.ndarray:
@@ -66,7 +38,7 @@ def curve_amaxes(statistics: ActivationStatistics) -> np.ndarray:
 def curve_table(site: str, total: ActivationStatistics, bf16: bool) -> pd.DataFrame:
     """MSE of the pool along ``curve_amaxes``; with ``bf16`` also ``mse_flush_bf16``, of that output."""
     amaxes = curve_amaxes(total)
-    scales = scales_of(amaxes)
+    scales = input_scale_from_amax(amaxes)
     columns = {"site": site, "calibrated_amax": amaxes}
     columns |= {f"mse_{u}": total.mse(scales, u) for u in UNDERFLOWS}
     if bf16:
@@ -84,7 +56,7 @@ def group_errors(
         menu = [(mix, policy, amax) for mix, amaxes in calibrations.items()
                 for policy, amax in amaxes.items() if policy != FOUR_OVER_SIX]  # fmt: skip
         menu.append(("test", "oracle", oracle[underflow]))
-        scales = scales_of(amax for *_, amax in menu)
+        scales = input_scale_from_amax([amax for *_, amax in menu])
         for group, statistics in enumerate(test.groups):
             rows += [(site, mix, policy, underflow, amax, group, mse) for (mix, policy, amax), mse
                      in zip(menu, statistics.mse(scales, underflow), strict=True)]  # fmt: skip
@@ -104,7 +76,7 @@ def group_table(site: str, test: SiteStatistics) -> pd.DataFrame:
 def score_subsets(subsets: pd.DataFrame, total: ActivationStatistics) -> pd.DataFrame:
     """One site's subset calibrations with their error on the whole pool, both conventions."""
     amaxes, at = np.unique(subsets.calibrated_amax, return_inverse=True)
-    scales = scales_of(amaxes)
+    scales = input_scale_from_amax(amaxes)
     return subsets.assign(**{f"mse_{u}": total.mse(scales, u)[at] for u in UNDERFLOWS})
 
 
@@ -143,11 +115,10 @@ class WindowErrors:
         for (name, underflow), amax in self.menu[site].items():
             if name == DYNAMIC:
                 own = x.abs().flatten(1).amax(1).tolist()
-                scale = (
-                    scales_of(own).to(x.device).repeat_interleave(tokens * width // BLOCK_SIZE)[:, None]
-                )
+                blocks = tokens * width // BLOCK_SIZE
+                scale = input_scale_from_amax(own).to(x.device).repeat_interleave(blocks)[:, None]
             else:
-                scale = scales_of([amax]).to(x.device)
+                scale = input_scale_from_amax([amax]).to(x.device)
             quantize = four_over_six_reference if name == FOUR_OVER_SIX else fake_quantize_reference
             y = quantize(x, scale, underflow, torch.float32)
             columns[f"{name} {underflow}"] = mean(y.double() - x.double())

@@ -30,6 +30,7 @@ from .histogram import (
 )
 from .quantize import (
     BLOCK_SIZE,
+    E2M1_MIDPOINTS,
     E2M1_VALUES,
     Underflow,
     block_scale_e4m3,
@@ -41,11 +42,6 @@ from .quantize import (
 DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # Interval sums cancel: below this error-to-signal ratio they lose more than 1e-12 relative.
 MIN_CONDITION = 1e-4
-
-# An element is rounded from E2M1_VALUES[k] to [k + 1] at these midpoints; ties go to the even code,
-# so every other midpoint belongs to the upper value.
-_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-_TIE_GOES_UP = (False, True, False, True, False, True, False)
 
 
 def _rank(p: float, n: int) -> int:
@@ -118,13 +114,6 @@ class Marginals:
             raise ValueError("no value is left to rank; expected at least one nonzero block.")
         at = torch.searchsorted(counts.cumsum(0), _rank(p, n))
         return float(codes_to_values(codes[at : at + 1], self.dtype)[0])
-
-    def __add__(self, other: Marginals) -> Marginals:
-        if self.dtype != other.dtype:
-            raise TypeError(f"cannot add statistics of {self.dtype} and {other.dtype}.")
-        elements = (self.element_codes, self.element_counts, other.element_codes, other.element_counts)
-        blocks = (self.block_codes, self.block_counts, other.block_codes, other.block_counts)
-        return Marginals(self.dtype, *merge_counts(*elements), *merge_counts(*blocks))
 
 
 class ActivationStatistics:
@@ -321,7 +310,7 @@ class ActivationStatistics:
         error = torch.zeros_like(step, dtype=torch.float64)
         below = start
         for k, value in enumerate(E2M1_VALUES):
-            if k < len(_MIDPOINTS):
+            if k < len(E2M1_MIDPOINTS):
                 code = self._last_code_below(k, step.to(torch.float64))
                 key = (rows << CODE_BITS)[:, None] + code
                 above = torch.searchsorted(self.keys, key, right=True)
@@ -342,15 +331,16 @@ class ActivationStatistics:
         ``float32(x / step)`` passes midpoint ``m`` when ``x / step`` passes the edge of the
         float32 interval that rounds to ``m``; edge times step is exact in float64.
         """
-        m = np.float32(_MIDPOINTS[k])
-        neighbour = np.nextafter(m, np.float32(0 if _TIE_GOES_UP[k] else np.inf))
+        m = np.float32(E2M1_MIDPOINTS[k])
+        tie_goes_up = k % 2 == 1  # to the even code
+        neighbour = np.nextafter(m, np.float32(0 if tie_goes_up else np.inf))
         threshold = (float(m) + float(neighbour)) / 2 * step
         nearest = threshold.to(torch.float32).to(self.dtype)
         # Two roundings may step over a code either way; compare with the exact threshold.
         code = nearest.view(torch.int16).to(torch.int64)
         code = torch.clamp(code, max=INFINITY_CODE[self.dtype])
         value = codes_to_values(code, self.dtype)
-        past = value >= threshold if _TIE_GOES_UP[k] else value > threshold
+        past = value >= threshold if tie_goes_up else value > threshold
         return code - past.to(torch.int64)
 
     def _squared_error_direct(self, scale, underflow, out_dtype) -> torch.Tensor:

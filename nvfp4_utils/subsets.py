@@ -9,11 +9,12 @@ so memory does not grow with the number of sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pandas as pd
 import torch
 
+from .policies import FROM_MARGINALS, calibrate
 from .quantize import BLOCK_SIZE, check_tensor
 from .statistics import CODE_BITS, Marginals
 
@@ -89,12 +90,12 @@ class SubsetMarginals:
                     parts += [codes, table[codes]]
                 yield draw, size, Marginals(torch.bfloat16, *parts)
 
-    def table(self, policy_amaxes: Callable[[Marginals], dict[str, float]]) -> pd.DataFrame:
+    def table(self) -> pd.DataFrame:
         """Every subset's calibrated amax by policy: columns site, draw, n, policy, calibrated_amax."""
         rows = [
             (site, draw, n, policy, amax)
             for site in self.tables
             for draw, n, marginals in self.subsets(site)
-            for policy, amax in policy_amaxes(marginals).items()
+            for policy, amax in calibrate(marginals, FROM_MARGINALS).items()
         ]
         return pd.DataFrame(rows, columns=["site", "draw", "n", "policy", "calibrated_amax"])

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from . import distributions, policies
 from .distributions import ROW
 from .quantize import UNDERFLOWS, Underflow, input_scale_from_amax
-from .results import ROOT, provenance
+from .results import ROOT, provenance, write_json, write_table
 from .statistics import CODE_BITS, ActivationStatistics, Marginals
 
 TEST_SEED, TEST_ELEMENTS = 12345, 2**20
@@ -148,9 +148,9 @@ def stored_info(name: str = "study") -> dict:
 
 def _store(table: pd.DataFrame, a, name: str, seconds: float, **parameters) -> None:
     a.out.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(a.out / f"{name}.parquet", index=False)
+    write_table(table, a.out / f"{name}.parquet")
     info = provenance(a.commit, test_seed=TEST_SEED, calibration_seed=CALIBRATION_SEED, **parameters)
-    (a.out / f"{name}.json").write_text(json.dumps(info | {"seconds": round(seconds, 1)}, indent=1))
+    write_json(info | {"seconds": round(seconds, 1)}, a.out / f"{name}.json")
 
 
 def main() -> None:

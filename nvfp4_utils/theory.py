@@ -117,7 +117,7 @@ def ratio_energy(values, counts, amaxes, underflow: Underflow) -> np.ndarray:
     Raises ValueError if a calibrated amax is not positive and finite, or the convention unknown.
     """
     quantize.check_underflow(underflow)
-    g = input_scale_from_amax(torch.as_tensor(np.atleast_1d(amaxes), dtype=torch.float64))[:, None]
+    g = input_scale_from_amax(np.atleast_1d(amaxes))[:, None]
     s8 = quantize.block_scale_e4m3(torch.from_numpy(values).to(torch.float32), g, underflow)
     ratio = np.minimum((s8.double() * g.double()).numpy() * (E2M1_MAX / values), RATIOS[-1])
     with np.errstate(divide="ignore"):

@@ -280,7 +280,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Training.steps)
     parser.add_argument("--corpora", type=Path, default=None)
     arguments = parser.parse_args()
-    folder = arguments.corpora or corpora.LOCAL_FOLDER
+    folder = arguments.corpora or corpora.corpora_folder()
     if arguments.action == "tokenizer":
         train_tokenizer(folder)
     else:

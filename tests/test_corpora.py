@@ -274,8 +274,9 @@ def test_unknown_mixes_and_bad_counts_are_refused(small, tokenizer):
 def test_a_missing_folder_or_file_points_to_the_embedded_mix(small, tokenizer):
     absent = small / "absent"
     message = (
-        f"corpora folder {absent} does not exist. Set NVFP4_CORPORA or pass folder=, or use the "
-        f"embedded mix 'python-library', which needs no files."
+        f"corpora folder {absent} does not exist; stream 'a' is a.jsonl.gz in it, one record of text "
+        f"per line. Set NVFP4_CORPORA or pass folder=, or use the embedded mix 'python-library', which "
+        f"needs no files."
     )
     with raises(FileNotFoundError, message):
         read(absent, tokenizer)
@@ -422,3 +423,14 @@ def test_a_hub_failure_names_the_data_set_and_the_stand_in(hub, tokenizer, monke
     )
     with raises(OSError, message):
         sequences("chat-only", tokenizer, calibration=4, test=0, length=8, progress=False)
+
+
+def test_without_a_folder_the_error_says_how_to_get_text(tokenizer, monkeypatch):
+    monkeypatch.delenv("NVFP4_CORPORA", raising=False)
+    message = (
+        "no corpora folder is set; stream 'chat' is chat.jsonl.gz in it, one record of text per line. "
+        "Set NVFP4_CORPORA or pass folder=, or use the embedded mix 'python-library', which needs no "
+        "files."
+    )
+    with raises(FileNotFoundError, message):
+        sequences("open-chat-only", tokenizer, calibration=1, test=1, progress=False)

@@ -95,7 +95,7 @@ def test_all_zero_tensors_calibrate_nothing():
             policy(zero)
     with raises(ValueError, message):
         policies.percentile(statistics("sparse"), 50)
-    for options in ({}, {"upper_percentile": 100}, {"histogram": True}):
+    for options in ({}, {"upper_percentile": 100}):
         with raises(ValueError, message):
             policies.headroom(zero, **options)
 
@@ -151,3 +151,22 @@ def test_aligned_headroom_stays_within_an_octave_above_headroom_and_is_better():
     assert aligned <= plain
     best = statistics.mse(input_scale_from_amax(policies.oracle(statistics)))
     assert 10 * math.log10(aligned / best) < 0.02  # the octave holds the same minima
+
+
+def test_the_registry_calibrates_what_each_policy_says():
+    statistics = ActivationStatistics.from_tensor(torch.randn(64, 256).bfloat16())
+    found = policies.calibrate(statistics)
+    assert list(found) == [name for name, p in policies.POLICIES.items() if p.calibrate]
+    assert found["amax"] == statistics.amax
+    assert found["p99.9"] == statistics.percentile(99.9)
+    assert found["headroom"] == policies.headroom(statistics)
+    assert found["mse"] == policies.oracle(statistics, "flush")
+    assert found["constant"] == 2688
+    only = policies.calibrate(statistics.marginals, policies.FROM_MARGINALS)
+    assert only == {
+        name: found[name] for name in ("amax", "p99", "p99.9", "p99.99", "p99.999", "headroom")
+    }
+    with pytest.raises(
+        ValueError, match=r"^policies \['oracle', 'p98'\] do not calibrate; expected some of"
+    ):
+        policies.calibrate(statistics, ["amax", "oracle", "p98"])

@@ -26,8 +26,8 @@ from nvfp4_reference import (
     reference,
 )
 
-from nvfp4_utils import fake_quantize, input_scale_from_amax
-from nvfp4_utils.quantize import UNDERFLOWS, block_scale_e4m3, round_e2m1
+from nvfp4_utils import fake_quantize, input_scale_from_amax, quantize
+from nvfp4_utils.quantize import E2M1_VALUES, UNDERFLOWS, block_scale_e4m3, round_e2m1
 
 DTYPES = (BF16, FP16, FP32)
 
@@ -254,3 +254,24 @@ def test_bad_convention_and_bad_output_dtype():
     message = "out_dtype is torch.float64; expected bfloat16, float16 or float32."
     with raises(TypeError, message):
         fake_quantize(torch.ones(1, 16), 1.0, out_dtype=torch.float64)
+
+
+def test_midpoints_are_where_the_rounding_changes():
+    assert list(quantize.E2M1_MIDPOINTS) == E2M1_MIDPOINTS.tolist()
+    for k, middle in enumerate(quantize.E2M1_MIDPOINTS):
+        around = torch.tensor([np.nextafter(np.float32(middle), np.float32(end)) for end in (0, 9)])
+        assert round_e2m1(around).tolist() == [E2M1_VALUES[k], E2M1_VALUES[k + 1]]
+        assert round_e2m1(torch.tensor(middle)).item() == E2M1_VALUES[k + k % 2]
+
+
+@pytest.mark.parametrize("x", [[1.0] * 16, np.ones(16, np.float32)])
+def test_what_is_no_tensor_is_refused(x):
+    message = f"x is a {type(x).__name__}; expected a tensor. Convert it with torch.tensor(x)."
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        fake_quantize(x, 1.0)
+
+
+def test_scales_of_arrays_and_lists_have_their_shape():
+    assert input_scale_from_amax([2688.0, 5376.0]).tolist() == [1.0, 2.0]
+    assert input_scale_from_amax(np.full((2, 3), 2688.0)).shape == (2, 3)
+    assert input_scale_from_amax(np.float64(2688)) == 1.0

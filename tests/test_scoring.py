@@ -11,7 +11,7 @@ from nvfp4_reference import E2M1, E4M3, nearest, odd_scale
 
 from nvfp4_utils import ActivationStatistics, fake_quantize, input_scale_from_amax, policies
 from nvfp4_utils.quantize import UNDERFLOWS, four_over_six_reference
-from nvfp4_utils.scoring import WindowErrors, policy_amaxes
+from nvfp4_utils.scoring import WindowErrors
 from nvfp4_utils.subsets import SubsetMarginals, subset_sizes
 
 
@@ -81,7 +81,7 @@ def test_subset_marginals_equal_those_of_the_subset_itself():
             assert torch.equal(getattr(marginals, name), getattr(expected, name))
         seen += 1
     assert seen == 3 * len(subset_sizes(12))
-    table = counted.table(policy_amaxes)
+    table = counted.table()
     whole = table[(table.n == 12) & (table.policy == "amax")]
     assert (whole.calibrated_amax == x.abs().max().item()).all() and len(whole) == 3
 

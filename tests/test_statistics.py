@@ -245,17 +245,6 @@ def test_percentiles_are_kthvalues(name, dtype):
     assert statistics.amax == magnitudes.max().item() == statistics.percentile(100)
 
 
-def test_marginals_add_up_like_statistics():
-    x, y = make("gaussian", BF16), make("heavy", BF16)
-    a, b = (ActivationStatistics.from_tensor(t) for t in (x, y))
-    both, sum_ = (a + b).marginals, a.marginals + b.marginals
-    for name in ("element_codes", "element_counts", "block_codes", "block_counts"):
-        assert torch.equal(getattr(both, name), getattr(sum_, name))
-    assert int(both.block_counts.sum()) * 16 == both.count == 2 * x.numel()
-    with raises(TypeError, "cannot add statistics of torch.bfloat16 and torch.float16."):
-        a.marginals + ActivationStatistics.from_tensor(x.half()).marginals
-
-
 @pytest.mark.parametrize("p", [0, -1, 100.1, math.nan])
 def test_bad_percentile(p):
     statistics = ActivationStatistics.from_tensor(make("gaussian", BF16))

@@ -138,7 +138,7 @@ def test_mean_of_the_matrix_is_the_mean_over_sites(run):
     assert (mean.low <= mean.loss_db + 1e-9).all() and (mean.loss_db <= mean.high + 1e-9).all()
 
 
-@pytest.mark.skipif(not corpora.LOCAL_FOLDER.is_dir(), reason="the corpora folder is not there")
+@pytest.mark.skipif(corpora.corpora_folder() is None, reason="NVFP4_CORPORA is not set")
 def test_three_random_cells_of_the_stored_run_equal_raw_activations(run):
     """From text to decibels once more, by direct evaluation; another device rounds bf16 otherwise."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
