@@ -16,8 +16,10 @@ BOOK := build/book$(SUFFIX)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 PAGES := $(NOTEBOOKS:notebooks/%.ipynb=$(EXECUTED)/%.ipynb)
 # A folder's own time changes when a file leaves it, so folders are inputs too.
-DATA := $(shell find results models $(if $(RUN),$(wildcard runs/$(RUN))) -not -name '.*' 2>/dev/null)
-PACKAGE := $(wildcard nvfp4_utils/*.py)
+DATA := $(shell find results models/reference $(if $(RUN),$(wildcard runs/$(RUN))) -not -name '.*' 2>/dev/null)
+# What every page depends on: the helper, the code that makes results, and what pages share.
+CODE := $(shell find nvfp4_utils studies/data studies/runs -name '*.py' -o -name '*.cu') \
+	studies/__init__.py $(addprefix studies/pages/,__init__.py plots.py regimes.py snr_tables.py)
 PROSE := $(shell find book -type f 2>/dev/null) _config.yml _toc.yml
 
 export JUPYTER_PLATFORM_DIRS := 1
@@ -57,18 +59,18 @@ linkcheck: $(BOOK)/.built ## Check every external link of the pages (needs the n
 capture: .venv/.book ## Capture statistics: MODEL=path-or-id DATASET=mix[,mix] RUN=name [CALIBRATION=256 TEST=64]
 	@test -n "$(MODEL)" -a -n "$(DATASET)" -a -n "$(RUN)" || \
 		{ echo 'usage: make capture MODEL=path-or-id DATASET=mix RUN=name' >&2; exit 2; }
-	$(BIN)/python -m nvfp4_utils.capture_run --model "$(MODEL)" --dataset "$(DATASET)" --run "$(RUN)" \
+	$(BIN)/python -m studies.runs.capture_run --model "$(MODEL)" --dataset "$(DATASET)" --run "$(RUN)" \
 		--calibration $(CALIBRATION) --test $(TEST)
 
 MIXES := open-sft-seven,open-news-instruct,open-chat-only,open-code-only,open-math-only,open-multilingual-only,open-chinese-only
 recapture: .venv/.book ## Capture what results/ holds again, into build/results: needs the corpora and a CUDA GPU
-	$(BIN)/python -m nvfp4_utils.capture_run --model models/reference --dataset $(MIXES) \
+	$(BIN)/python -m studies.runs.capture_run --model models/reference --dataset $(MIXES) \
 		--calibration 1024 --test 256 --windows 2 --allow-shortfall --out build/results/reference
-	$(BIN)/python -m nvfp4_utils.synthetic --out build/results/synthetic
-	$(BIN)/python -m nvfp4_utils.synthetic --device cuda --replicates 12 --out build/results/synthetic/cuda
+	$(BIN)/python -m studies.runs.synthetic --out build/results/synthetic
+	$(BIN)/python -m studies.runs.synthetic --device cuda --replicates 12 --out build/results/synthetic/cuda
 
 benchmark: .venv/.book ## Time kernels, capture and the CPU path into results/performance (CORPORA=folder: capture too)
-	$(BIN)/python -m nvfp4_utils.benchmark $(if $(CORPORA),--corpora "$(CORPORA)")
+	$(BIN)/python -m studies.bench $(if $(CORPORA),--corpora "$(CORPORA)")
 
 clean: ## Delete what was built (runs/ and .venv stay)
 	rm -rf build
@@ -88,7 +90,11 @@ $(BIN)/python:
 	@touch $@
 
 # Agg as an inherited backend would leave the pages without figures.
-$(EXECUTED)/%.ipynb: notebooks/%.ipynb scripts/execute_notebook.py $(PACKAGE) $(DATA) .venv/.book
+# A page also depends on its own module in studies/pages, and the first page on those of the questions.
+.SECONDEXPANSION:
+$(EXECUTED)/index.ipynb: $(wildcard studies/pages/q?_*.py)
+$(EXECUTED)/%.ipynb: notebooks/%.ipynb scripts/execute_notebook.py $(CODE) $$(wildcard studies/pages/$$*.py) \
+		$(DATA) .venv/.book
 	@mkdir -p $(@D)
 	MPLBACKEND=module://matplotlib_inline.backend_inline HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error \
 		$(BIN)/python scripts/execute_notebook.py $< $@ $(if $(RUN),--run $(RUN))

@@ -2,20 +2,23 @@
 # Copyright The NVFP4 Calibration Book authors
 """NVFP4 activation quantization: the quantizer, the sufficient statistic, policies and capture."""
 
-from . import corpora, distributions, mixes, plots, policies
-from .capture import capture
+from . import policies
+from .histogram import Marginals
+from .hooks import SiteStatistics, capture, find_sites, hooked
+from .policies import POLICIES, calibrate
 from .quantize import fake_quantize, input_scale_from_amax
-from .statistics import ActivationStatistics, Marginals
+from .statistics import ActivationStatistics
 
 __all__ = [
+    "POLICIES",
     "ActivationStatistics",
     "Marginals",
+    "SiteStatistics",
+    "calibrate",
     "capture",
-    "corpora",
-    "distributions",
     "fake_quantize",
+    "find_sites",
+    "hooked",
     "input_scale_from_amax",
-    "mixes",
-    "plots",
     "policies",
 ]

@@ -12,14 +12,16 @@ others are counted by sorting.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import torch
 
+from . import kernels
 from .quantize import BLOCK_SIZE, check_tensor, nonfinite_error
 
 CODE_BITS = 15
-INFINITY_CODE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
-COLUMNS = {torch.bfloat16: 8192, torch.float16: 16384}  # 64 and 16 octaves below the block's amax
+INFINITY_CODE = {torch.bfloat16: kernels.INFINITY, torch.float16: 0x7C00}
+COLUMNS = {torch.bfloat16: kernels.COLUMNS, torch.float16: 16384}  # float16: 16 octaves
 MAX_CELLS = 2**26  # of one table: 256 MiB
 MIN_CELLS = 2**18  # up to here, or four cells an element, a table costs less than sorting
 MAX_BLOCKS = 2**26  # counted into one table, so that no 32-bit count overflows
@@ -71,8 +73,8 @@ def merge_counts(keys_a, counts_a, keys_b, counts_b):
 def joint_histogram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorted keys ``block_amax_code << 15 | element_code`` (int64) and their counts (int64).
 
-    ``x``: bfloat16 or float16 ``[..., 16 k]``. bfloat16 on a CUDA device takes kernels of its own
-    (``device_histogram``).
+    ``x``: bfloat16 or float16 ``[..., 16 k]``. bfloat16 on a CUDA device takes
+    ``kernels.joint_table``.
 
     Raises
     ------
@@ -89,10 +91,7 @@ def joint_histogram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         )
     check_tensor(x)
     blocks = x.detach().contiguous().view(torch.int16).view(-1, BLOCK_SIZE)
-    count = _count_torch
-    if x.is_cuda and x.dtype == torch.bfloat16:
-        from .device_histogram import count_on_device as count  # needs Triton
-
+    count = count_on_device if x.is_cuda and x.dtype == torch.bfloat16 else count_on_cpu
     keys = counts = torch.zeros(0, dtype=torch.int64, device=x.device)
     for part in blocks.split(MAX_BLOCKS):
         keys, counts = merge_counts(keys, counts, *count(part, x.dtype))
@@ -138,7 +137,7 @@ def count_sorted(codes: torch.Tensor):
     return keys, counts
 
 
-def _count_torch(blocks: torch.Tensor, dtype: torch.dtype):
+def count_on_cpu(blocks: torch.Tensor, dtype: torch.dtype):
     """The joint histogram with PyTorch operations, on as many CPU threads as PyTorch has."""
     threads = 1 if blocks.is_cuda or len(blocks) < 4 * BLOCKS_AT_ONCE else torch.get_num_threads()
     at_once = 2**18 if blocks.is_cuda else BLOCKS_AT_ONCE
@@ -189,3 +188,98 @@ def _count_torch(blocks: torch.Tensor, dtype: torch.dtype):
         tables[0].add_(other)
     table = tables[0].view(rows, columns)
     return add_rest(*table_to_sparse(table, base), int((amax == 0).sum()), torch.cat(rests))
+
+
+def sparse_of(table, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted keys and counts of a ``kernels.joint_table.JointTable`` with that many nonzero cells."""
+    return table.sparse(cells) or table_to_sparse(table.counts, table.base)
+
+
+def count_on_device(blocks: torch.Tensor, dtype: torch.dtype, count_pairs=None):
+    """``joint_histogram`` of int16 [n, 16], bits of bfloat16; waits for the device once.
+
+    ``count_pairs`` names another kernel than the fastest that can run.
+    """
+    from .kernels import joint_table as device  # needs Triton
+
+    if blocks.data_ptr() % 16:
+        blocks = blocks.clone()  # they are read 16 bytes at a time
+    with torch.cuda.device_of(blocks):
+        (report,) = device.new_reports(1, blocks.device)
+        codes = device.block_codes(blocks, report)
+        table = device.JointTable(report, device.MAX_ROWS, count_pairs)
+        table.add(blocks, codes, report)
+        table.measure(report)
+        status = device.Status.read(report[: device.STATUS].tolist())
+        if status.bad:
+            raise nonfinite_error(count_nonfinite(blocks, dtype))
+        if status.highest - status.lowest >= device.MAX_ROWS:  # too wide for a table: its upper part
+            window = status.highest - device.MAX_ROWS + 1, device.MAX_ROWS
+            (report,) = device.new_reports(1, blocks.device)
+            codes = device.block_codes(blocks, report, *window)
+            table = device.JointTable.of(*window, blocks.device, count_pairs)
+            table.add(blocks, codes, report)
+            table.measure(report)
+            status = device.Status.read(report[: device.STATUS].tolist())
+        rest = device.unplaced_blocks(blocks, codes, report, status.unplaced)
+        keys, counts = sparse_of(table, status.cells)
+        return add_rest(keys, counts, status.zeros, rest)
+
+
+def _rank(p: float, n: int) -> int:
+    """The ``kthvalue`` rank of percentile ``p`` among ``n`` values, counted from 1."""
+    if not 0 < p <= 100:
+        raise ValueError(f"percentile is {p}; expected a percentage in (0, 100].")
+    return max(1, min(n, round(p / 100 * n)))
+
+
+class Marginals:
+    """The two marginals of the joint histogram: what a calibration policy may look at.
+
+    ``element_codes``/``element_counts``: distinct \\|x\\| codes and how many elements have each;
+    ``block_codes``/``block_counts``: distinct block-amax codes and how many blocks have each. All
+    int64 tensors, codes ascending.
+    """
+
+    def __init__(self, dtype, element_codes, element_counts, block_codes, block_counts):
+        self.dtype = dtype
+        self.element_codes, self.element_counts = element_codes, element_counts
+        self.block_codes, self.block_counts = block_codes, block_counts
+
+    @cached_property
+    def count(self) -> int:
+        """Number of elements."""
+        return int(self.element_counts.sum())
+
+    @cached_property
+    def amax(self) -> float:
+        """Largest magnitude."""
+        return float(codes_to_values(self.element_codes[-1:], self.dtype)[0])
+
+    @cached_property
+    def signal_power(self) -> float:
+        """Mean square of the elements, float64."""
+        values = codes_to_values(self.element_codes, self.dtype)
+        return float((values.square() * self.element_counts).sum()) / self.count
+
+    def percentile(self, p: float) -> float:
+        """Order statistic of \\|x\\| at ``p`` percent: rank ``max(1, min(n, round(p/100 n)))``."""
+        return self._order_statistic(self.element_codes, self.element_counts, p)
+
+    def block_amax_percentile(self, p: float, *, above: float | None = None) -> float:
+        """Order statistic of the per-block amax at ``p`` percent.
+
+        With ``above``, only blocks whose amax is greater are ranked (``above=0``: nonzero blocks).
+        """
+        codes, counts = self.block_codes, self.block_counts
+        if above is not None:
+            keep = codes_to_values(codes, self.dtype) > above
+            codes, counts = codes[keep], counts[keep]
+        return self._order_statistic(codes, counts, p)
+
+    def _order_statistic(self, codes, counts, p: float) -> float:
+        n = int(counts.sum())
+        if n == 0:
+            raise ValueError("no value is left to rank; expected at least one nonzero block.")
+        at = torch.searchsorted(counts.cumsum(0), _rank(p, n))
+        return float(codes_to_values(codes[at : at + 1], self.dtype)[0])

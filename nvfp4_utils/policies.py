@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
+from .histogram import Marginals, codes_to_values
 from .quantize import (
     AMAX_PER_SCALE,
     E4M3_MAX,
@@ -24,7 +25,7 @@ from .quantize import (
     Underflow,
     input_scale_from_amax,
 )
-from .statistics import ActivationStatistics, Marginals, codes_to_values
+from .statistics import ActivationStatistics
 
 ANCHOR_FLOOR = 1e6  # blocks this far under the upper anchor count as zero
 OCTAVE_POINTS = 128  # of the oracle's grid

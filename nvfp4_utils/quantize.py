@@ -176,6 +176,28 @@ def four_over_six_reference(
     return torch.copysign(y, blocks).reshape(x.shape).to(out_dtype)
 
 
+def fake_quantize_kernel(
+    x: torch.Tensor, input_scale: torch.Tensor, underflow: Underflow, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """The Triton kernel, for what ``fake_quantize`` has checked; the host waits once.
+
+    Raises ``ValueError`` for NaN or infinity in ``x`` and a scale out of range; the kernel finds both.
+    """
+    from .kernels import fake_quantize as kernel  # needs Triton
+
+    x = x.contiguous()
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    bad = kernel.new_flag(x)
+    floor = underflow == "floor"
+    kernel.launch(x, y, bad, input_scale, floor, BLOCK_SIZE, LOWEST_SCALE, HIGHEST_SCALE)
+    if x.is_cuda:
+        torch.cuda.current_stream(x.device).synchronize()
+    if bad.item():
+        check_scale(input_scale)
+        raise nonfinite_error(int((~torch.isfinite(x)).sum()))
+    return y
+
+
 def fake_quantize(
     x: torch.Tensor,
     input_scale: float | torch.Tensor,
@@ -232,9 +254,7 @@ def fake_quantize(
     if out_dtype not in DTYPES:
         raise TypeError(f"out_dtype is {out_dtype}; expected bfloat16, float16 or float32.")
     if x.is_cuda:
-        from .triton_kernels import fake_quantize_triton
-
-        return fake_quantize_triton(x, scale, underflow, out_dtype)
+        return fake_quantize_kernel(x, scale, underflow, out_dtype)
     if not math.isfinite(x.abs().max().item()):
         raise nonfinite_error(int((~torch.isfinite(x)).sum()))
     return fake_quantize_reference(x, scale, underflow, out_dtype)

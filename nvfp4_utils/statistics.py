@@ -15,105 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from .histogram import (
-    CODE_BITS,
-    INFINITY_CODE,
-    codes_to_values,
-    joint_histogram,
-    merge_counts,
-    sum_by_code,
-    sum_by_key,
-)
-from .quantize import (
-    BLOCK_SIZE,
-    E2M1_MIDPOINTS,
-    E2M1_VALUES,
-    Underflow,
-    block_scale_e4m3,
-    check_scale,
-    check_underflow,
-    round_e2m1,
-)
+from .error import PairSums
+from .histogram import CODE_BITS, Marginals, joint_histogram, merge_counts, sum_by_code, sum_by_key
+from .quantize import BLOCK_SIZE, Underflow, check_scale, check_underflow
 
 DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-# Interval sums cancel: below this error-to-signal ratio they lose more than 1e-12 relative.
-MIN_CONDITION = 1e-4
-
-
-def _rank(p: float, n: int) -> int:
-    """The ``kthvalue`` rank of percentile ``p`` among ``n`` values, counted from 1."""
-    if not 0 < p <= 100:
-        raise ValueError(f"percentile is {p}; expected a percentage in (0, 100].")
-    return max(1, min(n, round(p / 100 * n)))
-
-
-def _prefix_sum(values: torch.Tensor) -> torch.Tensor:
-    """0 and the running sums of nonnegative float64 values, as if summed exactly and rounded once.
-
-    Multiples of a grid 2**52 times finer than the total add up without rounding, in any order; what
-    the grid leaves over is so small that its own rounding is lost in the result's.
-    """
-    _, exponent = torch.frexp(values.sum())
-    grid = (exponent.to(torch.int64) + (1023 - 52) << 52).view(torch.float64)  # 2**(exponent - 52)
-    multiples = torch.round(values / grid) * grid
-    total = multiples.cumsum(0) + (values - multiples).cumsum(0)
-    return torch.cat([torch.zeros_like(total[:1]), total])
-
-
-class Marginals:
-    """The two marginals of the joint histogram: what a calibration policy may look at.
-
-    ``element_codes``/``element_counts``: distinct \\|x\\| codes and how many elements have each;
-    ``block_codes``/``block_counts``: distinct block-amax codes and how many blocks have each. All
-    int64 tensors, codes ascending.
-    """
-
-    def __init__(self, dtype, element_codes, element_counts, block_codes, block_counts):
-        self.dtype = dtype
-        self.element_codes, self.element_counts = element_codes, element_counts
-        self.block_codes, self.block_counts = block_codes, block_counts
-
-    @cached_property
-    def count(self) -> int:
-        """Number of elements."""
-        return int(self.element_counts.sum())
-
-    @cached_property
-    def amax(self) -> float:
-        """Largest magnitude."""
-        return float(codes_to_values(self.element_codes[-1:], self.dtype)[0])
-
-    @cached_property
-    def signal_power(self) -> float:
-        """Mean square of the elements, float64."""
-        values = codes_to_values(self.element_codes, self.dtype)
-        return float((values.square() * self.element_counts).sum()) / self.count
-
-    def percentile(self, p: float) -> float:
-        """Order statistic of \\|x\\| at ``p`` percent: rank ``max(1, min(n, round(p/100 n)))``."""
-        return self._order_statistic(self.element_codes, self.element_counts, p)
-
-    def block_amax_percentile(self, p: float, *, above: float | None = None) -> float:
-        """Order statistic of the per-block amax at ``p`` percent.
-
-        With ``above``, only blocks whose amax is greater are ranked (``above=0``: nonzero blocks).
-        """
-        codes, counts = self.block_codes, self.block_counts
-        if above is not None:
-            keep = codes_to_values(codes, self.dtype) > above
-            codes, counts = codes[keep], counts[keep]
-        return self._order_statistic(codes, counts, p)
-
-    def _order_statistic(self, codes, counts, p: float) -> float:
-        n = int(counts.sum())
-        if n == 0:
-            raise ValueError("no value is left to rank; expected at least one nonzero block.")
-        at = torch.searchsorted(counts.cumsum(0), _rank(p, n))
-        return float(codes_to_values(codes[at : at + 1], self.dtype)[0])
 
 
 class ActivationStatistics:
@@ -166,7 +74,7 @@ class ActivationStatistics:
                 self.keys, self.counts, other.keys.to(self.keys.device),
                 other.counts.to(self.keys.device),
             )  # fmt: skip
-        for name in ("marginals", "_prefix_sums"):
+        for name in ("marginals", "_pair_sums"):
             self.__dict__.pop(name, None)  # caches of the old counts
         return self
 
@@ -215,6 +123,10 @@ class ActivationStatistics:
         parts = (elements, element_counts, blocks, block_counts // BLOCK_SIZE)
         return Marginals(self.dtype, *(part.cpu() for part in parts))
 
+    @cached_property
+    def _pair_sums(self) -> PairSums:
+        return PairSums(self.dtype, self.keys, self.counts)
+
     @property
     def count(self) -> int:
         """Number of elements counted."""
@@ -248,9 +160,7 @@ class ActivationStatistics:
         """Mean squared error of ``fake_quantize`` at one scale or an array of scales.
 
         Equal to direct float64 evaluation of ``mean((fake_quantize(x, g) - x)**2)`` to 1e-12
-        relative. Within a block-amax row, elements between two neighbouring E2M1 midpoints all
-        become one value ``y``, so their error is ``y**2 C - 2 y S1 + S2`` with the interval's
-        count and first two power sums: two look-ups in prefix sums.
+        relative; ``error.PairSums`` says how.
 
         Parameters
         ----------
@@ -270,7 +180,7 @@ class ActivationStatistics:
         scales = torch.as_tensor(input_scale, dtype=torch.float64).to(torch.float32)
         check_scale(scales)
         flat = scales.flatten().to(self.keys.device)
-        error = self._squared_error(flat, underflow, out_dtype)
+        error = self._pair_sums.squared_error(flat, underflow, out_dtype)
         mse = (error / self.count).cpu().numpy().reshape(scales.shape)
         return float(mse) if scales.ndim == 0 else mse
 
@@ -281,81 +191,13 @@ class ActivationStatistics:
             snr = 10 * np.log10(self.signal_power / noise)
         return float(snr) if snr.ndim == 0 else snr
 
-    @cached_property
-    def _prefix_sums(self):
-        """Rows (block codes, first pair of each) and prefix sums of n, n x and n x**2."""
-        rows, sizes = torch.unique_consecutive(self.block_codes, return_counts=True)
-        starts = torch.cumsum(sizes, 0) - sizes
-        x = codes_to_values(self.element_codes, self.dtype)
-        n = self.counts.to(torch.float64)
-        return rows, starts, sizes, [_prefix_sum(power) for power in (n, n * x, n * x * x)]
-
-    def _squared_error(self, scales, underflow, out_dtype) -> torch.Tensor:
-        rows, _, _, sums = self._prefix_sums
-        signal = float(sums[2][-1])
-        error = torch.zeros(len(scales), dtype=torch.float64, device=scales.device)
-        at_once = max(1, 2**17 // len(rows)) if not scales.is_cuda else 2**22 // len(rows) + 1
-        for part in torch.arange(len(scales), device=scales.device).split(at_once):
-            error[part] = self._row_errors(scales[part], underflow, out_dtype).sum(0)
-        for i in (error < MIN_CONDITION * signal).nonzero().flatten().tolist():
-            error[i] = self._squared_error_direct(scales[i], underflow, out_dtype)
-        return error
-
-    def _row_errors(self, scales, underflow, out_dtype) -> torch.Tensor:
-        """Squared error of each block-amax row at each scale, float64 [rows, scales]."""
-        rows, starts, sizes, (count, first, second) = self._prefix_sums
-        block_amax = codes_to_values(rows, self.dtype).to(torch.float32)[:, None]
-        step = block_scale_e4m3(block_amax, scales, underflow) * scales
-        start, end = starts[:, None].expand_as(step), (starts + sizes)[:, None].expand_as(step)
-        error = torch.zeros_like(step, dtype=torch.float64)
-        below = start
-        for k, value in enumerate(E2M1_VALUES):
-            if k < len(E2M1_MIDPOINTS):
-                code = self._last_code_below(k, step.to(torch.float64))
-                key = (rows << CODE_BITS)[:, None] + code
-                above = torch.searchsorted(self.keys, key, right=True)
-                above = torch.minimum(torch.maximum(above, below), end)
-            else:
-                above = end
-            y = (value * step).to(out_dtype).to(torch.float64)
-            # A level that overflows float16 costs infinity where it is used, nothing elsewhere.
-            y = torch.where(above > below, y, 0.0)
-            n, sum_1, sum_2 = (s[above] - s[below] for s in (count, first, second))
-            error += y * (y * n - 2 * sum_1) + sum_2
-            below = above
-        return error
-
-    def _last_code_below(self, k: int, step: torch.Tensor) -> torch.Tensor:
-        """Largest code that still rounds to at most ``E2M1_VALUES[k]``.
-
-        ``float32(x / step)`` passes midpoint ``m`` when ``x / step`` passes the edge of the
-        float32 interval that rounds to ``m``; edge times step is exact in float64.
-        """
-        m = np.float32(E2M1_MIDPOINTS[k])
-        tie_goes_up = k % 2 == 1  # to the even code
-        neighbour = np.nextafter(m, np.float32(0 if tie_goes_up else np.inf))
-        threshold = (float(m) + float(neighbour)) / 2 * step
-        nearest = threshold.to(torch.float32).to(self.dtype)
-        # Two roundings may step over a code either way; compare with the exact threshold.
-        code = nearest.view(torch.int16).to(torch.int64)
-        code = torch.clamp(code, max=INFINITY_CODE[self.dtype])
-        value = codes_to_values(code, self.dtype)
-        past = value >= threshold if tie_goes_up else value > threshold
-        return code - past.to(torch.int64)
-
-    def _squared_error_direct(self, scale, underflow, out_dtype) -> torch.Tensor:
-        """The definition, pair by pair: for nearly exact representations, where sums cancel."""
-        x = codes_to_values(self.element_codes, self.dtype)
-        block_amax = codes_to_values(self.block_codes, self.dtype).to(torch.float32)
-        step = block_scale_e4m3(block_amax, scale, underflow) * scale
-        y = round_e2m1(x.to(torch.float32) / step) * step
-        y = torch.where(step == 0, 0.0, y).to(out_dtype).to(torch.float64)
-        return ((y - x).square() * self.counts).sum()
-
     def save(self, path, metadata: dict[str, str] | None = None) -> None:
         """Write Parquet: ``block_amax_code``, ``element_code`` (int16) and ``count`` (int64)."""
         if self.dtype is None:
             raise ValueError("the statistic is empty; expected at least one update(x) before.")
+        import pyarrow as pa  # here and in load: half of what importing the package would cost
+        import pyarrow.parquet as pq
+
         table = pa.table(
             {
                 "block_amax_code": self.block_codes.to(torch.int16).cpu().numpy(),
@@ -379,6 +221,9 @@ class ActivationStatistics:
         ValueError
             If the file is truncated, not a statistic, or its counts do not add up.
         """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(

@@ -30,8 +30,8 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
-from nvfp4_utils import corpora
-from nvfp4_utils.mixes import FOLDER_STREAMS
+from studies.data import corpora
+from studies.data.mixes import FOLDER_STREAMS
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "reference"
 CHAT_TEMPLATE = (
@@ -280,7 +280,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Training.steps)
     parser.add_argument("--corpora", type=Path, default=None)
     arguments = parser.parse_args()
-    folder = arguments.corpora or corpora.corpora_folder()
+    folder = corpora.corpora_folder(arguments.corpora)
+    if folder is None:
+        parser.error("no corpora folder: pass --corpora, or set NVFP4_CORPORA")
     if arguments.action == "tokenizer":
         train_tokenizer(folder)
     else:

@@ -13,9 +13,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nvfp4_utils import corpora
-from nvfp4_utils.corpora import sequences
-from nvfp4_utils.mixes import EMBEDDED_MIX, FOLDER_STREAMS, MIXES, STAND_INS, Member, Stream, quotas
+from studies.data import corpora
+from studies.data.corpora import sequences
+from studies.data.mixes import EMBEDDED_MIX, FOLDER_STREAMS, MIXES, STAND_INS, Member, Stream, quotas
 
 EOS = "<|end|>"
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"

@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 
-from nvfp4_utils import distributions
-from nvfp4_utils.distributions import CHUNK_ROWS, DISTRIBUTIONS, OUTLIER_CHANNELS, ROW, sample
+from studies.data import distributions
+from studies.data.distributions import CHUNK_ROWS, DISTRIBUTIONS, OUTLIER_CHANNELS, ROW, sample
 
 N = 2**20
 

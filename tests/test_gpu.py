@@ -10,16 +10,16 @@ import torch
 from nvfp4_reference import BF16, FP16, FP32, all_regimes, mismatches, odd_scale
 
 from nvfp4_utils import ActivationStatistics, capture, fake_quantize
-from nvfp4_utils.benchmark import fresh_seed, histogram_hash, make
-from nvfp4_utils.histogram import _count_torch, joint_histogram
+from nvfp4_utils.histogram import count_on_cpu, count_on_device, joint_histogram
 from nvfp4_utils.quantize import UNDERFLOWS
+from studies.bench.timing import fresh_seed, histogram_hash, make
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from nvfp4_utils.counters import DeviceCounter, Reports  # noqa: E402
-from nvfp4_utils.device_histogram import count_on_device, count_pairs_triton  # noqa: E402
-from nvfp4_utils.triton_kernels import ratio, reciprocal  # noqa: E402
+from nvfp4_utils.device_counter import DeviceCounter, Reports  # noqa: E402
+from nvfp4_utils.kernels.fake_quantize import ratio, reciprocal  # noqa: E402
+from nvfp4_utils.kernels.joint_table import count_pairs_triton  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,7 +115,7 @@ def test_both_device_histograms_equal_the_cpus(kind):
         "part": lambda: normal(2**20)[48 : 16 * 9999],
     }.get(kind, lambda: make(kind, 2**23, "cuda", fresh_seed()))()
     blocks = x.to(BF16).view(torch.int16).view(-1, 16)
-    expected = _count_torch(blocks.cpu(), BF16)
+    expected = count_on_cpu(blocks.cpu(), BF16)
     assert int(expected[1].sum()) == x.numel()
     assert same(joint_histogram(x.to(BF16)), expected)
     assert same(count_on_device(blocks, BF16, count_pairs_triton), expected)
@@ -196,7 +196,7 @@ def test_capture_runs_on_the_device(room, monkeypatch):
     mask[1, 10:] = 0
     ids = torch.randint(1, 97, (6, 32)) * mask
     batches = [{"input_ids": ids[i : i + 2], "attention_mask": mask[i : i + 2]} for i in (0, 2, 4)]
-    module = sys.modules["nvfp4_utils.capture"]
+    module = sys.modules["nvfp4_utils.hooks"]
     if not room:
         monkeypatch.setattr(module, "CLOSED_BYTES", 0)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))

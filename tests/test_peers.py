@@ -9,7 +9,7 @@ import torch
 from nvfp4_reference import BF16, FP16, FP32, all_regimes, odd_scale
 
 from nvfp4_utils import ActivationStatistics, fake_quantize, policies
-from nvfp4_utils.statistics import codes_to_values
+from nvfp4_utils.histogram import codes_to_values
 
 
 def gaussian(seed, dtype=FP32):

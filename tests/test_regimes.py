@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from nvfp4_utils import fake_quantize, input_scale_from_amax, reference, regimes
+from nvfp4_utils import fake_quantize, input_scale_from_amax
 from nvfp4_utils.quantize import block_scale_e4m3
 from nvfp4_utils.statistics import ActivationStatistics
+from studies.pages import reference_model, regimes
 
 
 def marginals_of(*block_amaxes: float):
@@ -85,7 +86,7 @@ def test_bad_input_is_refused() -> None:
 
 def test_missing_weights_are_named(tmp_path) -> None:
     with pytest.raises(FileNotFoundError) as error:
-        reference.load(tmp_path)
+        reference_model.load(tmp_path)
     assert str(error.value) == (
         f"no model.safetensors in {tmp_path}; expected the weights of the reference model. Clone "
         "the repository whole, or train it again: `python scripts/train_reference.py train`."

@@ -15,14 +15,17 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from nvfp4_utils import analysis, corpora, fake_quantize, input_scale_from_amax, mixes, results  # noqa: E402
-from nvfp4_utils.capture import SITES, hooked  # noqa: E402
-from nvfp4_utils.capture_run import capture_run  # noqa: E402
+from nvfp4_utils import fake_quantize, input_scale_from_amax  # noqa: E402
+from nvfp4_utils.hooks import SITES, hooked  # noqa: E402
 from nvfp4_utils.quantize import (  # noqa: E402
     UNDERFLOWS,
     fake_quantize_reference,
     four_over_six_reference,
 )
+from studies.data import corpora, mixes  # noqa: E402
+from studies.pages import snr_tables  # noqa: E402
+from studies.runs import store  # noqa: E402
+from studies.runs.capture_run import capture_run  # noqa: E402
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "models" / "reference"
 SETTINGS = {"calibration": 8, "test": 4, "length": 32, "group": 4, "test_group": 2, "batch": 4,
@@ -43,7 +46,7 @@ def runs(tmp_path_factory):
     torch.set_num_threads(1)  # thousands of tiny operations: threads only wait for each other
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("runs")
-        patch.setattr(results, "RUNS", folder)
+        patch.setattr(store, "RUNS", folder)
         patch.setitem(mixes.MIXES, SECOND, mixes.MIXES[mixes.EMBEDDED_MIX][:1])
         patch.setenv("HF_HUB_OFFLINE", "1")
         torch.manual_seed(0)
@@ -64,7 +67,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(runs):
-    return results.Run("tiny")
+    return store.Run("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +160,7 @@ def test_three_random_cells_of_each_kind_equal_direct_evaluation(run, test_activ
 
 def test_the_oracle_is_the_lowest_on_the_whole_pool(run):
     for underflow in UNDERFLOWS:
-        table = analysis.policy_snr(run, MIXES[0], underflow)
+        table = snr_tables.policy_snr(run, MIXES[0], underflow)
         assert set(table.policy) == POLICIES | {"oracle", "dynamic", "four-over-six"}
         assert len(table) == 8 * 12
         one_scale = table[~table.policy.isin(["dynamic", "four-over-six"])]
@@ -173,17 +176,17 @@ def test_curve_on_its_grid_equals_the_joint_histogram(run):
     amaxes = np.concatenate([grid[::97], [joint.amax, joint.percentile(99.9)]])
     for underflow in UNDERFLOWS:
         expected = joint.snr_db(input_scale_from_amax(torch.from_numpy(amaxes)), underflow)
-        found = analysis.curve_snr(run, MIXES[0], site, underflow, amaxes)
+        found = snr_tables.curve_snr(run, MIXES[0], site, underflow, amaxes)
         np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
 def test_tables_of_the_question_pages(run):
-    sizes = analysis.size_curve(run, MIXES[0], run.featured[0], draws=20)
+    sizes = snr_tables.size_curve(run, MIXES[0], run.featured[0], draws=20)
     assert sizes.n.tolist() == [1, 2, 4, 8]
     assert (sizes.amax.diff().dropna() >= 0).all()
     full = run.marginals(MIXES[0], run.featured[0]).amax
     assert sizes.amax.iloc[-1] == sizes.amax_low.iloc[-1] == full
-    matrix = analysis.cross_matrix(run)
+    matrix = snr_tables.cross_matrix(run)
     own = matrix[matrix.calibration == matrix.test]
     assert len(matrix) == 8 * 4 and (own.loss_db == 0).all()
 
@@ -230,7 +233,7 @@ def test_an_interrupted_run_remembers_its_settings(runs, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("nvfp4_utils.capture_run._calibration_stage", fail)
+        patch.setattr("studies.runs.capture_run._calibration_stage", fail)
         capture_run(str(runs / "model"), MIXES, broken, commit="none", **SETTINGS)
     message = rf"^{re.escape(str(broken))} was captured with other settings: batch was"
     with pytest.raises(ValueError, match=message):
@@ -243,7 +246,7 @@ def test_provenance_names_what_a_result_came_from(run):
     assert info["parameters"] == SETTINGS
     assert info["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert re.fullmatch("[0-9a-f]{64}", info["source_sha256"])
-    assert run.info["model_sha256"] == results.sha256_of(run.path.parent / "model")
+    assert run.info["model_sha256"] == store.sha256_of(run.path.parent / "model")
 
 
 def test_missing_run(runs):
@@ -252,7 +255,7 @@ def test_missing_run(runs):
         "MODEL=models/reference DATASET=python-library RUN=none`"
     )
     with raises(FileNotFoundError, message):
-        results.Run("none")
+        store.Run("none")
 
 
 def test_unknown_mix_site_and_pool(run):

@@ -11,8 +11,8 @@ from nvfp4_reference import E2M1, E4M3, nearest, odd_scale
 
 from nvfp4_utils import ActivationStatistics, fake_quantize, input_scale_from_amax, policies
 from nvfp4_utils.quantize import UNDERFLOWS, four_over_six_reference
-from nvfp4_utils.scoring import WindowErrors
-from nvfp4_utils.subsets import SubsetMarginals, subset_sizes
+from studies.runs.scoring import WindowErrors
+from studies.runs.subsets import SubsetMarginals, subset_sizes
 
 
 def activations(*shape, seed=0):

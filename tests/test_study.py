@@ -11,18 +11,13 @@ import pytest
 import torch
 from scipy.stats import genpareto
 
-from nvfp4_utils import (
-    analysis,
-    corpora,
-    extremes,
-    fake_quantize,
-    input_scale_from_amax,
-    replication,
-    synthetic,
-    weaknesses,
-)
-from nvfp4_utils.capture import SITES, hooked
-from nvfp4_utils.results import ROOT, Run
+from nvfp4_utils import fake_quantize, input_scale_from_amax
+from nvfp4_utils.hooks import SITES, hooked
+from studies import ROOT
+from studies.data import corpora
+from studies.pages import q1_more_calibration, replication, snr_tables, weaknesses
+from studies.runs import synthetic
+from studies.runs.store import Run
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +28,7 @@ def run():
 @pytest.mark.parametrize("index", [-0.3, 0.0, 0.4])
 def test_tail_of_a_known_law_is_recovered(index):
     values = 2 + genpareto.rvs(index, scale=1.5, size=20000, random_state=np.random.default_rng(0))
-    tail = extremes.fit_tail(values)
+    tail = q1_more_calibration.fit_tail(values)
     assert abs(tail.index - index) < 4 * tail.error and tail.share == pytest.approx(0.2, abs=1e-3)
     exact = genpareto(index, loc=2, scale=1.5)
     for n in (10, 100, 1000):
@@ -46,18 +41,18 @@ def test_tail_of_a_known_law_is_recovered(index):
 
 def test_tail_needs_excesses_that_differ():
     with pytest.raises(ValueError, match=r"^2 sequence amaxes, 2 different ones, lie above the 80%"):
-        extremes.fit_tail(np.arange(10.0))
+        q1_more_calibration.fit_tail(np.arange(10.0))
     with pytest.raises(ValueError, match=r"0 different ones, lie above the 80% quantile"):
-        extremes.fit_tail(np.r_[np.arange(100.0), np.full(400, 200.0)])
-    tail = extremes.fit_tail(np.random.default_rng(0).exponential(size=1000))
+        q1_more_calibration.fit_tail(np.r_[np.arange(100.0), np.full(400, 200.0)])
+    tail = q1_more_calibration.fit_tail(np.random.default_rng(0).exponential(size=1000))
     with pytest.raises(ValueError, match=r"^excess probability is -1.5; expected a value in \[0, 1\)"):
         tail.level(2)
 
 
 def test_first_passage_is_that_of_random_orders(run):
     site = "layers.6.down_proj_input"
-    table = extremes.growth_table(run, run.featured_mix).set_index("site")
-    amaxes = analysis.sequence_amaxes(run, run.featured_mix, site)
+    table = q1_more_calibration.growth_table(run, run.featured_mix).set_index("site")
+    amaxes = snr_tables.sequence_amaxes(run, run.featured_mix, site)
     generator = np.random.default_rng(0)
     target = 0.9 * amaxes.max()
     first = [1 + int((generator.permutation(amaxes) >= target).argmax()) for _ in range(3000)]
@@ -67,9 +62,11 @@ def test_first_passage_is_that_of_random_orders(run):
 
 def test_harm_begins_where_the_curve_stays_lower(run):
     mix = run.featured_mix
-    row = extremes.harm_table(run, mix, "flush").iloc[5]
-    at = analysis.curve_snr(run, mix, row.site, "flush", [row.amax, row.harm_amax, 4 * row.harm_amax])
-    assert at[0] - at[1] > extremes.HARM_DB > 0 and at[0] - at[2] > extremes.HARM_DB
+    row = q1_more_calibration.harm_table(run, mix, "flush").iloc[5]
+    at = snr_tables.curve_snr(run, mix, row.site, "flush", [row.amax, row.harm_amax, 4 * row.harm_amax])
+    assert (
+        at[0] - at[1] > q1_more_calibration.HARM_DB > 0 and at[0] - at[2] > q1_more_calibration.HARM_DB
+    )
     assert row.octaves == pytest.approx(math.log2(row.harm_amax / row.amax))
 
 
@@ -110,7 +107,7 @@ def test_unseen_outliers_grow_with_the_power_where_nothing_saturates():
 def test_window_gains_pool_the_windows(run):
     mix = run.window_mixes[0]
     gains = weaknesses.window_gains(run, mix, "amax", "headroom", "flush").set_index("site")
-    flush = analysis.policy_snr(run, mix, "flush").set_index(["site", "policy"]).snr_db
+    flush = snr_tables.policy_snr(run, mix, "flush").set_index(["site", "policy"]).snr_db
     for site in run.sites[::5]:
         assert gains.pool[site] == pytest.approx(flush[site, "headroom"] - flush[site, "amax"], abs=1e-5)
     assert (gains.low <= gains["mean"]).all() and (gains["mean"] <= gains.high).all()
@@ -132,8 +129,8 @@ def test_nested_subsets_end_without_spread(run):
 
 
 def test_mean_of_the_matrix_is_the_mean_over_sites(run):
-    mean = analysis.cross_mean(run).set_index(["calibration", "test"])
-    cross = analysis.cross_matrix(run).groupby(["calibration", "test"]).loss_db.mean()
+    mean = snr_tables.cross_mean(run).set_index(["calibration", "test"])
+    cross = snr_tables.cross_matrix(run).groupby(["calibration", "test"]).loss_db.mean()
     pd.testing.assert_series_equal(mean.loss_db, cross.loc[mean.index], check_names=False)
     assert (mean.low <= mean.loss_db + 1e-9).all() and (mean.loss_db <= mean.high + 1e-9).all()
 
@@ -159,7 +156,7 @@ def test_three_random_cells_of_the_stored_run_equal_raw_activations(run):
         first = group * parameters["test_group"]
         model.model(input_ids=texts.test[first : first + parameters["test_group"]].long())
     errors = run.errors(mix)
-    cells = errors[(errors.group == group) & ~errors.policy.isin(analysis.NOT_ONE_SCALE)]
+    cells = errors[(errors.group == group) & ~errors.policy.isin(snr_tables.NOT_ONE_SCALE)]
     for i in chooser.sample(range(len(cells)), 3):
         row = cells.iloc[i]
         x = kept[row.site]

@@ -14,8 +14,9 @@ import pandas as pd
 import pytest
 import torch
 
-from nvfp4_utils import fake_quantize, input_scale_from_amax, theory
+from nvfp4_utils import fake_quantize, input_scale_from_amax
 from nvfp4_utils.statistics import ActivationStatistics
+from studies.pages import theory
 
 GAUSSIAN = theory.Shape.generalized_normal(2.0, blocks=2**18, seed=1)
 REGIMES = {"saturated": 0.3, "at the amax": 1.0, "normal": 300.0, "subnormal": 2.0**16.3,

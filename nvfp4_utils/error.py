@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""The exact squared error of a joint histogram at any scale.
+
+Within a row, the pairs of one block amax, elements between two neighbouring E2M1 midpoints all become
+one value ``y``, so their error is ``y**2 C - 2 y S1 + S2`` with the interval's count and first two
+power sums: two look-ups in prefix sums.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .histogram import CODE_BITS, INFINITY_CODE, codes_to_values
+from .quantize import E2M1_MIDPOINTS, E2M1_VALUES, Underflow, block_scale_e4m3, round_e2m1
+
+# Interval sums cancel: below this error-to-signal ratio they lose more than 1e-12 relative.
+MIN_CONDITION = 1e-4
+
+
+def _prefix_sum(values: torch.Tensor) -> torch.Tensor:
+    """0 and the running sums of nonnegative float64 values, as if summed exactly and rounded once.
+
+    Multiples of a grid 2**52 times finer than the total add up without rounding, in any order; what
+    the grid leaves over is so small that its own rounding is lost in the result's.
+    """
+    _, exponent = torch.frexp(values.sum())
+    grid = (exponent.to(torch.int64) + (1023 - 52) << 52).view(torch.float64)  # 2**(exponent - 52)
+    multiples = torch.round(values / grid) * grid
+    total = multiples.cumsum(0) + (values - multiples).cumsum(0)
+    return torch.cat([torch.zeros_like(total[:1]), total])
+
+
+class PairSums:
+    """Sums over the pairs of a joint histogram, from which its error is read.
+
+    ``keys``: sorted ``block_amax_code << 15 | element_code``, int64 [pairs]; ``counts``: int64 [pairs].
+    """
+
+    def __init__(self, dtype: torch.dtype, keys: torch.Tensor, counts: torch.Tensor):
+        self.dtype, self.keys, self.counts = dtype, keys, counts
+        self.rows, sizes = torch.unique_consecutive(keys >> CODE_BITS, return_counts=True)
+        self.ends = torch.cumsum(sizes, 0)
+        self.starts = self.ends - sizes
+        x = codes_to_values(keys & (2**CODE_BITS - 1), dtype)
+        n = counts.to(torch.float64)
+        self.sums = [_prefix_sum(power) for power in (n, n * x, n * x * x)]
+
+    def squared_error(self, scales: torch.Tensor, underflow: Underflow, out_dtype) -> torch.Tensor:
+        """Summed squared error at each scale, float64 [scales]; ``scales``: checked float32 [scales]."""
+        rows, signal = self.rows, float(self.sums[2][-1])
+        error = torch.zeros(len(scales), dtype=torch.float64, device=scales.device)
+        at_once = max(1, 2**17 // len(rows)) if not scales.is_cuda else 2**22 // len(rows) + 1
+        for part in torch.arange(len(scales), device=scales.device).split(at_once):
+            error[part] = self._row_errors(scales[part], underflow, out_dtype).sum(0)
+        for i in (error < MIN_CONDITION * signal).nonzero().flatten().tolist():
+            error[i] = self._direct(scales[i], underflow, out_dtype)
+        return error
+
+    def _row_errors(self, scales, underflow, out_dtype) -> torch.Tensor:
+        """Squared error of each block-amax row at each scale, float64 [rows, scales]."""
+        count, first, second = self.sums
+        block_amax = codes_to_values(self.rows, self.dtype).to(torch.float32)[:, None]
+        step = block_scale_e4m3(block_amax, scales, underflow) * scales
+        start, end = self.starts[:, None].expand_as(step), self.ends[:, None].expand_as(step)
+        error = torch.zeros_like(step, dtype=torch.float64)
+        below = start
+        for k, value in enumerate(E2M1_VALUES):
+            if k < len(E2M1_MIDPOINTS):
+                code = self._last_code_below(k, step.to(torch.float64))
+                key = (self.rows << CODE_BITS)[:, None] + code
+                above = torch.searchsorted(self.keys, key, right=True)
+                above = torch.minimum(torch.maximum(above, below), end)
+            else:
+                above = end
+            y = (value * step).to(out_dtype).to(torch.float64)
+            # A level that overflows float16 costs infinity where it is used, nothing elsewhere.
+            y = torch.where(above > below, y, 0.0)
+            n, sum_1, sum_2 = (s[above] - s[below] for s in (count, first, second))
+            error += y * (y * n - 2 * sum_1) + sum_2
+            below = above
+        return error
+
+    def _last_code_below(self, k: int, step: torch.Tensor) -> torch.Tensor:
+        """Largest code that still rounds to at most ``E2M1_VALUES[k]``.
+
+        ``float32(x / step)`` passes midpoint ``m`` when ``x / step`` passes the edge of the
+        float32 interval that rounds to ``m``; edge times step is exact in float64.
+        """
+        m = np.float32(E2M1_MIDPOINTS[k])
+        tie_goes_up = k % 2 == 1  # to the even code
+        neighbour = np.nextafter(m, np.float32(0 if tie_goes_up else np.inf))
+        threshold = (float(m) + float(neighbour)) / 2 * step
+        nearest = threshold.to(torch.float32).to(self.dtype)
+        # Two roundings may step over a code either way; compare with the exact threshold.
+        code = nearest.view(torch.int16).to(torch.int64)
+        code = torch.clamp(code, max=INFINITY_CODE[self.dtype])
+        value = codes_to_values(code, self.dtype)
+        past = value >= threshold if tie_goes_up else value > threshold
+        return code - past.to(torch.int64)
+
+    def _direct(self, scale, underflow, out_dtype) -> torch.Tensor:
+        """The definition, pair by pair: for nearly exact representations, where sums cancel."""
+        x = codes_to_values(self.keys & (2**CODE_BITS - 1), self.dtype)
+        block_amax = codes_to_values(self.keys >> CODE_BITS, self.dtype).to(torch.float32)
+        step = block_scale_e4m3(block_amax, scale, underflow) * scale
+        y = round_e2m1(x.to(torch.float32) / step) * step
+        y = torch.where(step == 0, 0.0, y).to(out_dtype).to(torch.float64)
+        return ((y - x).square() * self.counts).sum()

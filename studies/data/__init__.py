@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""Where text, models and synthetic tensors come from."""

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""The numbers of the question pages, computed from a stored run.
+
+Intervals resample the test pool's groups of sequences (percentile bootstrap); differences between
+policies are paired, as both score the same groups.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+
+from studies.runs.store import Run
+
+DRAWS = 2000
+# Policies that are not one scale for the plain quantizer: dynamic has a scale a sequence, Four Over Six
+# chooses between two block scales. They lie on no curve, and may beat the oracle of one scale.
+NOT_ONE_SCALE = ("dynamic", "four-over-six")
+KINDS = ("attention_input", "o_proj_input", "mlp_input", "down_proj_input")
+
+
+def db(ratio):
+    """``10 log10``."""
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(ratio)
+
+
+def resamples(groups: int, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """How often each group occurs in each bootstrap draw, int [draws, groups]."""
+    return np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=draws)
+
+
+def site_kind(site: str) -> str:
+    """``layers.3.mlp_input`` -> ``mlp_input``."""
+    return site.rsplit(".", 1)[-1]
+
+
+@lru_cache(maxsize=32)
+def pooled(run: Run, mix: str, underflow: str) -> dict[str, dict[tuple[str, str], np.ndarray]]:
+    """Per site, squared sums over ``mix``'s test pool (first entry) and over bootstrap draws of it.
+
+    Keys (calibration, policy), the oracle and dynamic under calibration "test", and ("", "signal").
+    One resample of test groups serves all sites and policies, as the same sequences pass through
+    them: so differences are paired.
+    """
+    errors = run.errors(mix)
+    errors = errors[errors.underflow == underflow]
+    groups = run.groups(mix)
+    result = {}
+    for site, table in errors.groupby("site", observed=True, sort=False):
+        g = groups[groups.site == site].sort_values("group")
+        weight = np.vstack([np.ones(len(g)), resamples(len(g))]) * g["count"].to_numpy()
+        wide = table.pivot_table(index="group", columns=["calibration", "policy"], values="mse",
+                                 observed=True).sort_index()  # fmt: skip
+        sums = dict(zip(wide.columns, (weight @ wide.to_numpy()).T, strict=True))
+        result[str(site)] = sums | {("", "signal"): weight @ g.signal_power.to_numpy()}
+    return result
+
+
+def policy_snr(run: Run, mix: str, underflow: str, calibration: str | None = None) -> pd.DataFrame:
+    """SNR of every policy at every site on ``mix``'s test pool, and its distance to the oracle.
+
+    Columns: site, policy, calibrated_amax, snr_db, low, high (95 % interval of the SNR), gap_db
+    (oracle's SNR minus the policy's, paired), gap_low, gap_high. Policies are calibrated on
+    ``calibration`` (default: the same mix).
+    """
+    errors = run.errors(mix)
+    errors = errors[(errors.underflow == underflow) & (errors.group == 0)]
+    amaxes = errors.set_index(["site", "calibration", "policy"]).calibrated_amax.to_dict()
+    rows = []
+    for site, sums in pooled(run, mix, underflow).items():
+        oracle = sums["test", "oracle"]
+        for (source, policy), noise in sums.items():
+            if source not in (calibration or mix, "test"):
+                continue
+            snr, gap = db(sums["", "signal"] / noise), db(noise / oracle)
+            rows.append((site, policy, amaxes[site, source, policy], snr[0], *_interval(snr[1:]), gap[0],
+                         *_interval(gap[1:])))  # fmt: skip
+    return pd.DataFrame(rows, columns=["site", "policy", "calibrated_amax", "snr_db", "low", "high",
+                                       "gap_db", "gap_low", "gap_high"])  # fmt: skip
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def curve_snr(run: Run, mix: str, site: str, underflow: str, amaxes) -> np.ndarray:
+    """SNR on the whole test pool at calibrated amaxes that lie on the stored curve's grid.
+
+    Below twice the test amax the grid holds every bfloat16, so amax and percentile calibrations
+    are read exactly; other values are interpolated in log amax.
+    """
+    curve = run.curve(mix, site)
+    power = run.marginals(mix, site, "test").signal_power
+    mse = np.interp(np.log2(amaxes), np.log2(curve.calibrated_amax), curve[f"mse_{underflow}"])
+    return db(power / mse)
+
+
+def sequence_amaxes(run: Run, mix: str, site: str) -> np.ndarray:
+    """The calibration pool's sequence amaxes at a site, in the pool's order."""
+    table = run.sequences(mix)
+    table = table[(table.site == site) & (table.pool == "calibration")]
+    return table.sort_values("sequence").amax.to_numpy()
+
+
+def size_curve(
+    run: Run, mix: str, site: str, underflow: str = "flush", *, draws: int = 500, seed: int = 0
+) -> pd.DataFrame:
+    """Amax calibration on random subsets of 1, 2, 4 ... sequences: columns n, amax, snr_db and
+    their 5 % and 95 % quantiles over independent draws."""
+    amax = sequence_amaxes(run, mix, site)
+    generator = np.random.default_rng(seed)
+    sizes = [2**k for k in range(int(np.log2(len(amax))) + 1)]
+    if sizes[-1] != len(amax):
+        sizes.append(len(amax))
+    rows = []
+    for n in sizes:
+        found = np.array([generator.choice(amax, n, replace=False).max() for _ in range(draws)])
+        snr = curve_snr(run, mix, site, underflow, found)
+        rows.append((n, np.median(found), *np.quantile(found, (0.05, 0.95)), snr.mean(),
+                     *np.quantile(snr, (0.05, 0.95))))  # fmt: skip
+    return pd.DataFrame(rows, columns=["n", "amax", "amax_low", "amax_high", "snr_db", "snr_low",
+                                       "snr_high"])  # fmt: skip
+
+
+def subset_curves(run: Run, mix: str) -> pd.DataFrame:
+    """Distance to the oracle against calibration size, by policy: mean over sites and nested draws.
+
+    Columns: policy, n, gap_flush, gap_floor (dB), draws. Exact: every subset's scale is scored on the
+    whole test pool.
+    """
+    table = run.subsets(mix)
+    columns = {"draws": table.draw.nunique()}
+    counts = run.groups(mix).groupby("site", observed=True)["count"].sum()
+    for convention in ("flush", "floor"):
+        sums = pooled(run, mix, convention)
+        best = table.site.map({s: sums[s]["test", "oracle"][0] / counts[s] for s in sums}).astype(float)
+        columns[f"gap_{convention}"] = db(table[f"mse_{convention}"] / best)
+    gaps = table.assign(**columns)
+    names = ["gap_flush", "gap_floor", "draws"]
+    return gaps.groupby(["policy", "n"], observed=True)[names].mean().reset_index()
+
+
+def cross_matrix(run: Run, policy: str = "amax", underflow: str = "flush") -> pd.DataFrame:
+    """What calibrating on another mix costs: columns site, calibration, test, loss_db, low, high.
+
+    ``loss_db``: SNR of the test mix's own calibration minus SNR of ``calibration``'s, paired over
+    the test groups; positive means the foreign calibration is worse.
+    """
+    rows = []
+    for test in run.mixes:
+        for site, sums in pooled(run, test, underflow).items():
+            for calibration in run.mixes:
+                loss = db(sums[calibration, policy] / sums[test, policy])
+                rows.append((site, calibration, test, loss[0], *_interval(loss[1:])))
+    return pd.DataFrame(rows, columns=["site", "calibration", "test", "loss_db", "low", "high"])
+
+
+def cross_mean(run: Run, policy: str = "amax", underflow: str = "flush") -> pd.DataFrame:
+    """``cross_matrix`` averaged over sites, with the interval of that mean: calibration, test, ..."""
+    rows = []
+    for test in run.mixes:
+        sites = pooled(run, test, underflow).values()
+        for calibration in run.mixes:
+            loss = np.mean([db(s[calibration, policy] / s[test, policy]) for s in sites], axis=0)
+            rows.append((calibration, test, loss[0], *_interval(loss[1:])))
+    return pd.DataFrame(rows, columns=["calibration", "test", "loss_db", "low", "high"])
+
+
+def subset_loss(run: Run, mix: str, n: int, underflow: str) -> float:
+    """Worst site's SNR loss (dB) of amax from about ``n`` sequences of ``mix`` against its whole pool.
+
+    Of the stored subsets, the size nearest to ``n``; mean over its draws.
+    """
+    table = run.subsets(mix)
+    table = table[table.policy == "amax"]
+    sizes = table.n.unique()
+    mse = table.groupby(["site", "n"], observed=True)[f"mse_{underflow}"].mean().unstack()
+    nearest = sizes[np.abs(np.log(sizes / n)).argmin()]
+    return float(db(mse[nearest] / mse[sizes.max()]).max())
+
+
+def size_curves(run: Run, mix: str, underflow: str = "flush", *, draws: int = 500) -> pd.DataFrame:
+    """``size_curve`` of every site, with a column site."""
+    curves = [size_curve(run, mix, s, underflow, draws=draws).assign(site=s) for s in run.sites]
+    return pd.concat(curves, ignore_index=True)
+
+
+def largest_change(sizes: pd.DataFrame) -> float:
+    """Largest distance of a size's mean SNR from the whole pool's, over sites, dB."""
+    last = sizes.groupby("site", sort=False).snr_db.transform("last")
+    return float((sizes.snr_db - last).abs().max())
+
+
+def sequences_needed(run: Run, mix: str, share: float = 0.9) -> dict[str, float]:
+    """Expected number of sequences until the amax reaches ``share`` of the pool's: over sites.
+
+    With ``k`` of ``N`` sequences at or above the target, a random order meets the first after
+    ``(N + 1) / (k + 1)`` on average.
+    """
+    table = run.sequences(mix)
+    table = table[table.pool == "calibration"]
+    needed = []
+    for _, amax in table.groupby("site", observed=True).amax:
+        reach = int((amax >= share * amax.max()).sum())
+        needed.append((len(amax) + 1) / (reach + 1))
+    return {"median": float(np.median(needed)), "max": float(np.max(needed))}
+
+
+def paired_difference(run: Run, mix: str, base: str, policy: str, underflow: str) -> dict[str, float]:
+    """How much SNR ``policy`` gains over ``base``: mean over sites with its 95 % interval.
+
+    Also the number of sites whose own interval lies above (``better``) or below zero (``worse``).
+    """
+    gains = []
+    for sums in pooled(run, mix, underflow).values():
+        own = {p: noise for (source, p), noise in sums.items() if source in (mix, "test")}
+        gains.append(db(own[base] / own[policy]))
+    gain = np.array(gains)  # [sites, 1 + draws]
+    low, high = np.quantile(gain[:, 1:], (0.025, 0.975), axis=1)
+    mean_low, mean_high = _interval(gain[:, 1:].mean(0))
+    return {"mean": float(gain[:, 0].mean()), "low": mean_low, "high": mean_high,
+            "better": int((low > 0).sum()), "worse": int((high < 0).sum())}  # fmt: skip
+
+
+def amax_ratio(run: Run, cross: pd.DataFrame) -> pd.DataFrame:
+    """``cross_matrix`` with a column amax_ratio: calibration pool's amax over the test pool's."""
+    pools = {
+        (mix, pool): t.groupby("site", observed=True).amax.max()
+        for mix in run.mixes
+        for pool, t in run.sequences(mix).groupby("pool", observed=True)
+    }
+    ratio = [pools[row.calibration, "calibration"][row.site] / pools[row.test, "test"][row.site]
+             for row in cross.itertuples()]  # fmt: skip
+    return cross.assign(amax_ratio=ratio)

@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""Captured runs: making, scoring, storing and reading them."""
