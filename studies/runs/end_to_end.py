@@ -191,7 +191,7 @@ def evaluate_to(
     Writes ``end_to_end.parquet`` (one row per setting, see ``summary``) and
     ``end_to_end_sequences.parquet`` (the setting's labels, sequence, kl, nll, top1), with ``token_snr``
     also ``end_to_end_snr.parquet`` (labels, site, token_snr_db). Each group's part of them stays in
-    ``path/end_to_end``: from there a repeated call goes on.
+    ``path/end_to_end``: from there a repeated call goes on. ``options`` are those of ``evaluate``.
 
     Raises as ``evaluate``, and ``ValueError`` if a group was evaluated with other settings or tokens.
     """
