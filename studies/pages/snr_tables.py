@@ -13,9 +13,9 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
+from studies.runs.scoring import resamples
 from studies.runs.store import Run
 
-DRAWS = 2000
 # Policies that are not one scale for the plain quantizer: dynamic has a scale a sequence, Four Over Six
 # chooses between two block scales. They lie on no curve, and may beat the oracle of one scale.
 NOT_ONE_SCALE = ("dynamic", "four-over-six")
@@ -26,11 +26,6 @@ def db(ratio):
     """``10 log10``."""
     with np.errstate(divide="ignore"):
         return 10 * np.log10(ratio)
-
-
-def resamples(groups: int, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """How often each group occurs in each bootstrap draw, int [draws, groups]."""
-    return np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=draws)
 
 
 def site_kind(site: str) -> str:

@@ -23,6 +23,7 @@ from nvfp4_utils.statistics import ActivationStatistics
 CURVE_OCTAVES = 19  # above the largest block amax: past the last subnormal block scale
 DYNAMIC = "dynamic"
 FOUR_OVER_SIX = "four-over-six"
+DRAWS = 2000  # of a bootstrap
 
 
 def curve_amaxes(statistics: ActivationStatistics) -> np.ndarray:
@@ -150,3 +151,8 @@ def window_group_errors(
             tables.append(one.assign(calibration="test" if name == DYNAMIC else mix, policy=name,
                                      underflow=underflow, calibrated_amax=own))  # fmt: skip
     return pd.concat(tables, ignore_index=True)
+
+
+def resamples(groups: int, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """How often each group occurs in each bootstrap draw, int [draws, groups]."""
+    return np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=draws)
