@@ -190,7 +190,7 @@ def test_several_answers_to_one_prompt_stay_in_one_zone(small, tokenizer):
     write(small / "c.jsonl.gz", records)
     stream = corpora.FOLDER_STREAMS["c"]
     zones: dict[str, set[str]] = {}
-    for zone, text, _ in corpora._zoned(corpora._folder_records(stream, small), stream, tokenizer):
+    for zone, text, _ in corpora._zoned(corpora.folder_records(stream, small), stream, tokenizer):
         zones.setdefault(text[:15], set()).add(zone)
     assert len(zones) == 20 and all(len(z) == 1 for z in zones.values())
     assert set.union(*zones.values()) == {"calibration", "test", "training"}
@@ -423,6 +423,26 @@ def test_a_hub_failure_names_the_data_set_and_the_stand_in(hub, tokenizer, monke
     )
     with raises(OSError, message):
         sequences("chat-only", tokenizer, calibration=4, test=0, length=8, progress=False)
+
+
+def test_a_sequence_begins_as_inference_begins(small, tokenizer):
+    plain = read(small, tokenizer, mix="narrow", length=30)
+    begun = read(small, tokenizer, mix="narrow", length=32, begin=(7, 8))
+    assert (begun.calibration[:, :2] == torch.tensor([7, 8])).all()
+    assert torch.equal(begun.calibration[:, 2:], plain.calibration)
+    assert torch.equal(begun.test[:, 2:], plain.test)
+    assert begun.provenance["begin"] == [7, 8]
+
+
+def test_one_record_per_sequence_is_cut_or_filled_up(small, tokenizer):
+    packed = read(small, tokenizer, mix="single", length=16, calibration=3)
+    single = read(small, tokenizer, mix="single", length=16, calibration=3, packed=False, begin=(7,))
+    assert single.calibration.shape == (3, 16) and (single.calibration[:, 0] == 7).all()
+    assert (packed.calibration_lengths == 16).all()
+    # The first record is the first packed text; it ends with the end-of-sequence token.
+    assert torch.equal(single.calibration[0, 1:16], packed.calibration[0, :15])
+    for row, n in zip(single.calibration, single.calibration_lengths.tolist(), strict=True):
+        assert 1 < n <= 16 and (row[n:] == tokenizer.eos_token_id).all()
 
 
 def test_without_a_folder_the_error_says_how_to_get_text(tokenizer, monkeypatch):

@@ -13,12 +13,8 @@ both are disjoint from `training_text`.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import os
-import platform
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -29,14 +25,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .mixes import EMBEDDED_MIX, FOLDER_STREAMS, MIXES, STAND_INS, Member, Stream, quotas
+from .mixes import FOLDER_STREAMS, MIXES, Member, Stream, quotas
+from .records import FOLDER_VARIABLE, content_of, folder_records, open_stream, opening_of
 
-FOLDER_VARIABLE = "NVFP4_CORPORA"
 RESERVE_LENGTH = 512  # reserves count sequences of this many tokens, whatever length is asked for
 RECORDS_A_BATCH = 32
-EMBEDDED_SOURCE_BYTES = 4_000_000
-EMBEDDED_PACKAGES = ("asyncio", "collections", "concurrent", "email", "http", "importlib", "json",
-                     "logging", "multiprocessing", "unittest", "urllib", "xml")  # fmt: skip
+ZONES = ("calibration", "test")
 
 
 @dataclass(frozen=True)
@@ -45,18 +39,57 @@ class Sequences:
 
     Rows interleave the members round-robin, and a member's streams round-robin within it, so every
     prefix holds a balanced mix (up to one row a member) until the smallest quota is used up.
-    `shortfall` maps "calibration:member/stream" to (got, wanted).
+    `shortfall` maps "calibration:member/stream" to (got, wanted). `calibration_lengths` and
+    `test_lengths`, int64 [n], say how many tokens of a row are text; the rest is padding, of which
+    packed rows have none.
     """
 
     calibration: torch.Tensor
     test: torch.Tensor
     calibration_source: list[str]
     test_source: list[str]
+    calibration_lengths: torch.Tensor
+    test_lengths: torch.Tensor
     shortfall: dict[str, tuple[int, int]] = dataclass_field(default_factory=dict)
     provenance: dict[str, Any] = dataclass_field(default_factory=dict)
 
 
-# ------------------------------------------------------------------------------ reading records
+@dataclass(frozen=True)
+class Layout:
+    """How a stream's tokens become rows of ``length`` tokens, each beginning with ``begin``.
+
+    ``packed``: records are joined and cut, nothing is dropped. Else a row is one record, cut at the
+    length or filled up with ``padding``, as the study had it.
+    """
+
+    length: int
+    begin: tuple[int, ...] = ()
+    packed: bool = True
+    padding: int = 0
+
+    @property
+    def text(self) -> int:
+        """Tokens of text that a row can hold."""
+        return self.length - len(self.begin)
+
+    def full(self, records: list[list[int]], rows: int) -> bool:
+        """Whether the records make that many rows."""
+        return (sum(map(len, records)) // self.text if self.packed else len(records)) >= rows
+
+    def rows(self, records: list[list[int]], most: int) -> list[list[int]]:
+        """Up to ``most`` rows, not yet filled up."""
+        if self.packed:
+            joined = [token for record in records for token in record]
+            starts = range(0, len(joined) - self.text + 1, self.text)
+            texts = [joined[i : i + self.text] for i in starts]
+        else:
+            texts = [record[: self.text] for record in records]
+        return [[*self.begin, *text] for text in texts[:most]]
+
+    def tensor(self, rows: list[list[int]]) -> torch.Tensor:
+        """int32 [rows, length]."""
+        filled = [row + [self.padding] * (self.length - len(row)) for row in rows]
+        return torch.tensor(filled, dtype=torch.int32).view(len(rows), self.length)
 
 
 def corpora_folder(folder: str | Path | None = None) -> Path | None:
@@ -65,138 +98,7 @@ def corpora_folder(folder: str | Path | None = None) -> Path | None:
     return Path(found) if found else None
 
 
-def _folder_path(stream: Stream, folder: Path | None) -> Path:
-    if folder is None or not folder.is_dir():
-        got = "no corpora folder is set" if folder is None else f"corpora folder {folder} does not exist"
-        raise FileNotFoundError(
-            f"{got}; stream {stream.name!r} is {stream.source}.jsonl.gz in it, one record of text per "
-            f"line. Set {FOLDER_VARIABLE} or pass folder=, or use the embedded mix {EMBEDDED_MIX!r}, "
-            "which needs no files."
-        )
-    path = folder / f"{stream.source}.jsonl.gz"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"corpora folder {folder} has no {path.name}. Add the file, or use the embedded mix "
-            f"{EMBEDDED_MIX!r}, which needs no files."
-        )
-    return path
-
-
-def _folder_records(stream: Stream, folder: Path | None) -> Iterator[dict]:
-    """Yield the records in the order of their ids: content hashes, hence a fixed shuffle.
-
-    Several answers to one prompt follow one another, at the smallest of their ids.
-    """
-    path = _folder_path(stream, folder)
-    records: dict[str, dict] = {}  # equal ids are equal contents: a repeated record counts once
-    number = 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                number += 1
-                record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get("id"), str):
-                    raise ValueError('expected an object with a string "id"')
-                _content(stream, record)
-                records.setdefault(record["id"], record)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path}, after line {number}: damaged or truncated gzip ({error}). Fetch it again."
-        ) from error
-    except ValueError as error:  # includes bad JSON and bad UTF-8
-        raise ValueError(f"{path}, line {number}: {error}") from error
-    groups: dict[str, list[str]] = {}
-    for key in sorted(records):
-        groups.setdefault(_opening(_content(stream, records[key])) or key, []).append(key)
-    for group in groups.values():
-        for key in group:
-            yield records[key]
-
-
-def _hub_error(stream: Stream, error: Exception) -> OSError:
-    instead = sorted({STAND_INS[mix] for mix in STAND_INS for member in MIXES[mix]
-                      if stream in member.streams})  # fmt: skip
-    return OSError(
-        f"could not read {stream.source} ({stream.split or stream.data_files}) from the Hugging "
-        f"Face hub: {type(error).__name__}: {error}. It may be gated (accept its terms and log in) "
-        f"and it needs a network; the open stand-in mix is {' or '.join(instead) or EMBEDDED_MIX}."
-    )
-
-
-def _hub_revision(stream: Stream) -> str:
-    from huggingface_hub import HfApi
-
-    try:
-        return str(HfApi().dataset_info(stream.source).sha)
-    except Exception as error:
-        raise _hub_error(stream, error) from error
-
-
-def _hub_records(stream: Stream, revision: str) -> Iterator[dict]:
-    import datasets
-
-    try:
-        if stream.data_files:
-            # As lines of text: the rows do not fit the declared schema, nor one another's.
-            url = f"hf://datasets/{stream.source}@{revision}/{stream.data_files}"
-            rows = datasets.load_dataset("text", data_files=url, split="train", streaming=True)
-            for row in rows:
-                if row["text"].strip():
-                    yield json.loads(row["text"])
-        else:
-            yield from datasets.load_dataset(
-                stream.source, stream.config, split=stream.split, streaming=True, revision=revision
-            )
-    except Exception as error:
-        raise _hub_error(stream, error) from error
-
-
-def _embedded_records(stream: Stream) -> Iterator[dict]:
-    if stream.name == "documentation":
-        from pydoc_data.topics import topics
-
-        for topic in sorted(topics):
-            yield {"id": topic, "text": topics[topic]}
-        return
-    library = Path(os.__file__).parent
-    paths = [
-        p
-        for p in library.glob("*.py")
-        if not p.name.startswith(("_sysconfigdata", "sitecustomize", "usercustomize"))
-    ]
-    paths += [p for package in EMBEDDED_PACKAGES for p in (library / package).rglob("*.py")
-              if not {"test", "tests"} & set(p.relative_to(library).parts)]  # fmt: skip
-    size = 0
-    for path in sorted(paths, key=lambda p: p.relative_to(library).as_posix()):
-        text = path.read_text(encoding="utf-8")
-        size += len(text)
-        if size > EMBEDDED_SOURCE_BYTES:
-            return
-        yield {"id": path.relative_to(library).as_posix(), "text": text}
-
-
 # ------------------------------------------------------------------------ rendering and zoning
-
-
-def _content(stream: Stream, record: dict) -> str | list[dict]:
-    """Return the record's text or its messages; ValueError if it has none."""
-    key = stream.field
-    if key == "any":
-        key = "messages" if record.get("messages") else "text"
-    content = record.get(key)
-    if key == "messages" and isinstance(content, list) and content:
-        return content
-    if key != "messages" and isinstance(content, str):
-        return content
-    kind = "a non-empty list" if key == "messages" else "a string"
-    raise ValueError(f"expected {kind} under {key!r}, got keys {sorted(record)}")
-
-
-def _opening(content: str | list[dict]) -> str | None:
-    """Return the first user message of a conversation; None for plain text or without one."""
-    if isinstance(content, str):
-        return None
-    return next((str(m["content"]) for m in content if m["role"] == "user"), None)
 
 
 def _texts(
@@ -204,8 +106,8 @@ def _texts(
 ) -> Iterator[tuple[str | None, str, dict]]:
     """Yield each record's opening, its text with the end-of-sequence token, and the record."""
     for number, record in enumerate(records):
-        content = _content(stream, record)
-        opening = _opening(content)
+        content = content_of(stream, record)
+        opening = opening_of(content)
         if not isinstance(content, str):
             # Chat templates may refuse a conversation without a user; the tool's output, which an
             # agent reads as its user's turn, then takes that role.
@@ -261,24 +163,19 @@ def _zoned(
 
 
 def _cut(
-    records: Iterable[dict], stream: Stream, tokenizer: Any, wanted: dict[str, int], length: int
-) -> dict[str, torch.Tensor]:
-    """Return up to `wanted` sequences of each zone, int32 [n, length]."""
-    tokens: dict[str, list[int]] = {"calibration": [], "test": []}
+    records: Iterable[dict], stream: Stream, tokenizer: Any, wanted: dict[str, int], layout: Layout
+) -> dict[str, list[list[int]]]:
+    """Return up to `wanted` rows of each zone."""
+    found: dict[str, list[list[int]]] = {zone: [] for zone in ZONES}
     last = "test" if wanted["test"] else "calibration"
     if any(wanted.values()):
         for zone, _, ids in _zoned(records, stream, tokenizer):
             if zone == "training":
                 break
-            tokens[zone] += ids
-            if zone == last and len(tokens[last]) >= wanted[last] * length:
+            found[zone].append(ids)
+            if zone == last and layout.full(found[last], wanted[last]):
                 break
-    result = {}
-    for zone, n in wanted.items():
-        rows = min(n, len(tokens[zone]) // length)
-        flat = torch.tensor(tokens[zone][: rows * length], dtype=torch.int32)
-        result[zone] = flat.view(rows, length)
-    return result
+    return {zone: layout.rows(found[zone], n) for zone, n in wanted.items()}
 
 
 # ------------------------------------------------------------------------------------ the API
@@ -289,8 +186,14 @@ def _round_robin(parts: Sequence[Sequence[Any]]) -> list[Any]:
     return [p[i] for i in range(longest) for p in parts if i < len(p)]
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _check_request(mix: str, calibration: int, test: int, layout: Layout) -> None:
+    if mix not in MIXES:
+        raise ValueError(f"unknown mix {mix!r}. Known mixes: {', '.join(MIXES)}.")
+    if calibration < 0 or test < 0 or calibration + test < 1 or layout.text < 1:
+        raise ValueError(
+            f"got calibration={calibration}, test={test}, length={layout.length}; expected counts of at "
+            f"least 0, not both 0, and a length of at least {1 + len(layout.begin)}."
+        )
 
 
 def _check_shortfall(mix: str, length: int, shortfall: dict[str, tuple[int, int]]) -> None:
@@ -302,6 +205,11 @@ def _check_shortfall(mix: str, length: int, shortfall: dict[str, tuple[int, int]
         )
 
 
+def _missing(member: Member, stream: Stream, wanted: dict, got: dict) -> dict[str, tuple[int, int]]:
+    return {f"{zone}:{member.name}/{stream.name}": (got[zone], n)
+            for zone, n in wanted.items() if got[zone] < n}  # fmt: skip
+
+
 def sequences(
     mix: str,
     tokenizer: Any,
@@ -309,24 +217,23 @@ def sequences(
     calibration: int = 1024,
     test: int = 256,
     length: int = 512,
+    begin: Sequence[int] = (),
+    packed: bool = True,
     folder: str | Path | None = None,
     allow_shortfall: bool = False,
     progress: bool = True,
 ) -> Sequences:
-    """Return calibration and test sequences of exactly `length` tokens from a named mix.
+    """Return calibration and test sequences of `length` tokens from a named mix, as ``Layout`` says.
 
-    The records of a stream are tokenized in order, joined and cut: no padding, nothing dropped.
+    `begin`: what every sequence begins with, `<bos>` where the model has one
+    (``studies.data.models.begins_with``).
+
     Raises ValueError for an unknown mix, for bad counts and, unless `allow_shortfall`, for a stream
     with fewer sequences than its quota; FileNotFoundError for a missing folder or file; OSError for
     a hub data set that cannot be read.
     """
-    if mix not in MIXES:
-        raise ValueError(f"unknown mix {mix!r}. Known mixes: {', '.join(MIXES)}.")
-    if calibration < 0 or test < 0 or calibration + test < 1 or length < 1:
-        raise ValueError(
-            f"got calibration={calibration}, test={test}, length={length}; expected counts of at "
-            f"least 0, not both 0, and a length of at least 1."
-        )
+    layout = Layout(length, tuple(begin), packed, getattr(tokenizer, "eos_token_id", 0) or 0)
+    _check_request(mix, calibration, test, layout)
     root = corpora_folder(folder)
     members = MIXES[mix]
     plan = [
@@ -341,62 +248,40 @@ def sequences(
         reserves = {"calibration": stream.calibration_reserve, "test": stream.test_reserve}
         return {z: min(n, reserves[z] * RESERVE_LENGTH // length) for z, n in wanted.items()}
 
-    def short(member: Member, stream: Stream, wanted: dict, got: dict) -> dict:
-        return {f"{z}:{member.name}/{stream.name}": (got[z], n)
-                for z, n in wanted.items() if got[z] < n}  # fmt: skip
-
     if not allow_shortfall:  # reserves are known before anything is read: fail early
         too_much: dict[str, tuple[int, int]] = {}
         for member, stream, wanted in plan:
-            too_much |= short(member, stream, wanted, capped(stream, wanted))
+            too_much |= _missing(member, stream, wanted, capped(stream, wanted))
         _check_shortfall(mix, length, too_much)
 
     shortfall: dict[str, tuple[int, int]] = {}
     origins: dict[str, dict] = {}
-    rows: dict[str, dict[str, list]] = {"calibration": {}, "test": {}}
+    rows: dict[str, dict[str, list]] = {zone: {} for zone in ZONES}
     with tqdm(total=calibration + test, desc=mix, unit="seq", disable=not progress) as bar:
         for member, stream, wanted in plan:
             key = f"{member.name}/{stream.name}"
-            origin: dict[str, Any] = {"kind": stream.kind, "source": stream.source}
-            records: Iterable[dict]
-            if stream.kind == "hub":
-                origin |= {"split": stream.split or stream.data_files, "config": stream.config,
-                           "revision": _hub_revision(stream)}  # fmt: skip
-                records = _hub_records(stream, origin["revision"])
-            elif stream.kind == "folder":
-                origin["file_sha256"] = _sha256(_folder_path(stream, root).read_bytes())
-                records = _folder_records(stream, root)
-            else:
-                origin["python"] = platform.python_version()
-                records = _embedded_records(stream)
-            zones = _cut(records, stream, tokenizer, capped(stream, wanted), length)
-            got = {z: len(t) for z, t in zones.items()}
-            shortfall |= short(member, stream, wanted, got)
-            for zone, ids in zones.items():
-                origin[zone] = {"sequences": len(ids), "sha256": _sha256(ids.numpy().tobytes())}
-                rows[zone].setdefault(member.name, []).append([(key, row) for row in ids])
+            origin, records = open_stream(stream, root)
+            zones = _cut(records, stream, tokenizer, capped(stream, wanted), layout)
+            got = {zone: len(found) for zone, found in zones.items()}
+            shortfall |= _missing(member, stream, wanted, got)
+            for zone, found in zones.items():
+                digest = hashlib.sha256(layout.tensor(found).numpy().tobytes()).hexdigest()
+                origin[zone] = {"sequences": len(found), "sha256": digest}
+                rows[zone].setdefault(member.name, []).append([(key, row) for row in found])
             origins[key] = origin
             bar.update(sum(got.values()))
     if not allow_shortfall:
         _check_shortfall(mix, length, shortfall)
 
-    tensors, sources = {}, {}
-    for zone, by_member in rows.items():
-        mixed = _round_robin([_round_robin(streams) for streams in by_member.values()])
-        empty = torch.empty((0, length), dtype=torch.int32)
-        tensors[zone] = torch.stack([row for _, row in mixed]) if mixed else empty
-        sources[zone] = [key for key, _ in mixed]
-    provenance = {
-        "mix": mix,
-        "calibration": calibration,
-        "test": test,
-        "length": length,
-        "tokenizer": str(getattr(tokenizer, "name_or_path", "")),
-        "streams": origins,
-    }
+    mixed = {zone: _round_robin([_round_robin(s) for s in by.values()]) for zone, by in rows.items()}
+    tokens = {zone: layout.tensor([row for _, row in mixed[zone]]) for zone in ZONES}
+    sources = {zone: [key for key, _ in mixed[zone]] for zone in ZONES}
+    lengths = {zone: torch.tensor([len(r) for _, r in mixed[zone]], dtype=torch.int64) for zone in ZONES}
+    provenance = {"mix": mix, "calibration": calibration, "test": test, "length": length,
+                  "begin": list(begin), "packed": packed, "streams": origins}  # fmt: skip
     return Sequences(
-        tensors["calibration"], tensors["test"], sources["calibration"], sources["test"],
-        shortfall, provenance,
+        tokens["calibration"], tokens["test"], sources["calibration"], sources["test"],
+        lengths["calibration"], lengths["test"], shortfall, provenance,
     )  # fmt: skip
 
 
@@ -407,6 +292,6 @@ def training_text(tokenizer: Any, *, folder: str | Path | None = None) -> Iterat
     """
     root = corpora_folder(folder)
     for stream in FOLDER_STREAMS.values():
-        for zone, text, _ in _zoned(_folder_records(stream, root), stream, tokenizer):
+        for zone, text, _ in _zoned(folder_records(stream, root), stream, tokenizer):
             if zone == "training":
                 yield text
