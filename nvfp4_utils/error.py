@@ -47,13 +47,27 @@ class PairSums:
         n = counts.to(torch.float64)
         self.sums = [_prefix_sum(power) for power in (n, n * x, n * x * x)]
 
+    def unit_block_error(self, scales: torch.Tensor, underflow: Underflow, out_dtype) -> torch.Tensor:
+        """Summed squared error at each scale of blocks divided by their own amax, float64 [scales].
+
+        At scale 0, which quantizes everything to zero, this is their energy: the first entry.
+        """
+        block_amax = codes_to_values(self.rows, self.dtype)
+        weight = torch.where(block_amax > 0, block_amax, torch.inf).square().reciprocal()[:, None]
+        second = self.sums[2]
+        energy = ((second[self.ends] - second[self.starts]) * weight[:, 0]).sum()
+        parts = [(self._row_errors(part, underflow, out_dtype) * weight).sum(0)
+                 for part in scales.split(self._scales_at_once(scales.is_cuda))]  # fmt: skip
+        return torch.cat([energy[None], *parts])
+
+    def _scales_at_once(self, cuda: bool) -> int:
+        return 2**22 // len(self.rows) + 1 if cuda else max(1, 2**17 // len(self.rows))
+
     def squared_error(self, scales: torch.Tensor, underflow: Underflow, out_dtype) -> torch.Tensor:
         """Summed squared error at each scale, float64 [scales]; ``scales``: checked float32 [scales]."""
-        rows, signal = self.rows, float(self.sums[2][-1])
-        error = torch.zeros(len(scales), dtype=torch.float64, device=scales.device)
-        at_once = max(1, 2**17 // len(rows)) if not scales.is_cuda else 2**22 // len(rows) + 1
-        for part in torch.arange(len(scales), device=scales.device).split(at_once):
-            error[part] = self._row_errors(scales[part], underflow, out_dtype).sum(0)
+        signal = float(self.sums[2][-1])
+        parts = scales.split(self._scales_at_once(scales.is_cuda))
+        error = torch.cat([self._row_errors(part, underflow, out_dtype).sum(0) for part in parts])
         for i in (error < MIN_CONDITION * signal).nonzero().flatten().tolist():
             error[i] = self._direct(scales[i], underflow, out_dtype)
         return error

@@ -174,15 +174,35 @@ class ActivationStatistics:
         -------
         float for one scale, else a float64 numpy array of the scales' shape.
         """
+        scales, flat = self._checked(input_scale, underflow)
+        error = self._pair_sums.squared_error(flat, underflow, out_dtype)
+        mse = (error / self.count).cpu().numpy().reshape(scales.shape)
+        return float(mse) if scales.ndim == 0 else mse
+
+    def block_snr_db(
+        self, input_scale, underflow: Underflow = "flush", *, out_dtype: torch.dtype = torch.float32
+    ):
+        """SNR in dB with every block weighted alike, for one scale or an array of scales.
+
+        ``10 log10(sum_B |x_B|**2 / b**2 / sum_B |y_B - x_B|**2 / b**2)`` over blocks ``B`` of amax
+        ``b > 0``: the SNR of the tensor whose every block is divided by its amax. A few massive blocks
+        hold most of a tensor's energy, and so of ``snr_db``; here they count as much as any other.
+        Arguments and errors as ``mse``.
+        """
+        scales, flat = self._checked(input_scale, underflow)
+        energy, *error = self._pair_sums.unit_block_error(flat, underflow, out_dtype).cpu().numpy()
+        with np.errstate(divide="ignore"):
+            snr = 10 * np.log10(energy / np.array(error)).reshape(scales.shape)
+        return float(snr) if snr.ndim == 0 else snr
+
+    def _checked(self, input_scale, underflow: Underflow) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scales as float32, and flat on the statistic's device."""
         check_underflow(underflow)
         if self.dtype is None:
             raise ValueError("the statistic is empty; expected at least one update(x) before.")
         scales = torch.as_tensor(input_scale, dtype=torch.float64).to(torch.float32)
         check_scale(scales)
-        flat = scales.flatten().to(self.keys.device)
-        error = self._pair_sums.squared_error(flat, underflow, out_dtype)
-        mse = (error / self.count).cpu().numpy().reshape(scales.shape)
-        return float(mse) if scales.ndim == 0 else mse
+        return scales, scales.flatten().to(self.keys.device)
 
     def snr_db(self, input_scale, underflow: Underflow = "flush", **kwargs):
         """``10 log10(signal_power / mse)`` in dB, for one scale or an array of scales."""

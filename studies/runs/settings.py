@@ -31,7 +31,8 @@ class Setting:
 
     ``test``, ``calibration``, ``policy``: labels, copied to the tables.
     ``weights``: ``bf16`` leaves all weights, ``nvfp4`` quantizes those of every decoder linear.
-    ``only``: quantize activations at this kind of site alone; empty for all. Weights do not heed it.
+    ``only``: quantize activations at this kind of site, or this one site, alone; empty for all. Weights
+    do not heed it.
     ``rule``: ``static`` (one scale per site), ``four-over-six`` (likewise, with that quantizer),
     ``dynamic per sequence``, ``dynamic per token`` or ``none`` (activations untouched).
     ``amaxes``: site label -> calibrated amax, in the activation's units, of the first two rules.
@@ -52,7 +53,7 @@ class Setting:
         check_underflow(self.underflow)
         for name, got, expected in (
             ("weights", self.weights, ("bf16", "nvfp4")),
-            ("only", self.only, ("", *SITES)),
+            ("only", self.only.rsplit(".", 1)[-1], ("", *SITES)),
             ("rule", self.rule, RULES),
         ):
             if got not in expected:
@@ -81,7 +82,7 @@ class Setting:
 
     def quantizes(self, site: str) -> bool:
         """Whether the activation at a site, ``layers.<i>.<kind>``, is replaced."""
-        return self.rule != NONE and self.only in ("", site.rsplit(".", 1)[-1])
+        return self.rule != NONE and self.only in ("", site, site.rsplit(".", 1)[-1])
 
 
 def policy_settings(
