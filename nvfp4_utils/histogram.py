@@ -246,6 +246,15 @@ class Marginals:
         self.element_codes, self.element_counts = element_codes, element_counts
         self.block_codes, self.block_counts = block_codes, block_counts
 
+    @classmethod
+    def of_blocks(cls, dtype, block_codes, block_counts, amax: float, signal_power: float) -> Marginals:
+        """Of a tensor whose element marginal is not known, but its amax and mean square are."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        marginals = cls(dtype, nothing, nothing, block_codes, block_counts)
+        known = {"amax": amax, "signal_power": signal_power}
+        marginals.__dict__.update(known, count=BLOCK_SIZE * int(block_counts.sum()))
+        return marginals
+
     @cached_property
     def count(self) -> int:
         """Number of elements."""

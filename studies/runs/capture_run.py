@@ -5,70 +5,74 @@
     python -m studies.runs.capture_run --model models/reference --dataset python-library --run try
 
 First every mix's calibration pool, then every mix's test pool, on which all calibrations are
-scored. A mix that is done is skipped when the command is repeated; with more mixes, every test pool is
-scored again, by the new calibrations too.
+scored; with ``--end-to-end`` also the model itself, with every scale. A stage that is done is skipped
+when the command is repeated; with more mixes, every test pool is scored again, by the new
+calibrations too.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
 from nvfp4_utils import policies
-from nvfp4_utils.histogram import Marginals
-from nvfp4_utils.hooks import SITES, SiteStatistics, capture, hooked
+from nvfp4_utils.hooks import SITES, capture, hooked
 from nvfp4_utils.quantize import UNDERFLOWS
-from studies.data import corpora
+from studies import ROOT
+from studies.data import corpora, models
 from studies.data.mixes import EMBEDDED_MIX
 
-from . import scoring
+from . import scoring, tables
+from .model_loss import clean_up, layout_stage, model_stage
 from .store import REFERENCE, RUNS, Run, provenance, sha256_of, write_json, write_table
 from .subsets import SubsetMarginals
+from .token_amaxes import TokenAmaxes
 
-WINDOW = 256  # tokens of the study's test tensor
 BEGUN = "begun.json"  # what an unfinished run was begun with
+CALIBRATION_TABLES = ("pools", "blocks", "sequences", "subsets", "tokens")  # of the calibration stage
 
 
-def _capture(model, tokens, group_size: int, batch: int) -> dict[str, SiteStatistics]:
-    return capture(model, tokens.long().split(batch), tuple(SITES), group_size=group_size)
+@dataclass(frozen=True)
+class CaptureSettings:
+    """What a run holds.
 
+    ``calibration``, ``test``: sequences per mix, of ``length`` tokens; ``test_group``: test sequences
+    per group, the unit of intervals; ``batch``: sequences per forward; ``draws``: nested families of
+    subsets. Of the first ``detailed`` mixes, subsets, largest tokens, exact block marginals, metrics of
+    every scale and joint histograms of ``featured`` sites are kept; of the first ``windows`` mixes,
+    errors by 256 tokens. ``end_to_end``: also evaluate the model; ``layouts``: other lengths to
+    calibrate and test with, in tokens.
+    """
 
-def _marginal_rows(site: str, pool: str, m: Marginals) -> pd.DataFrame:
-    parts = {"element": (m.element_codes, m.element_counts), "block": (m.block_codes, m.block_counts)}
-    return pd.concat(
-        pd.DataFrame({"site": site, "pool": pool, "level": level,
-                      "code": codes.numpy().astype(np.int16), "count": counts.numpy()})
-        for level, (codes, counts) in parts.items()
-    )  # fmt: skip
+    mixes: tuple[str, ...]
+    calibration: int = 256
+    test: int = 64
+    length: int = 512
+    test_group: int = 8
+    batch: int = 32
+    draws: int = 5
+    detailed: int = 1
+    windows: int = 0
+    featured: tuple[str, ...] = ()
+    end_to_end: bool = False
+    layouts: tuple[int, ...] = ()
+    allow_shortfall: bool = False
 
-
-def pool_tables(pool: str, sites: dict[str, SiteStatistics], source: list[str]):
-    """Marginals and per-sequence amax of one pool."""
-    marginals = pd.concat(_marginal_rows(k, pool, s.total.marginals) for k, s in sites.items())
-    sequences = pd.concat(
-        pd.DataFrame({"site": k, "pool": pool, "sequence": np.arange(len(source)),
-                      "source": source, "amax": s.sequence_amax.numpy()})
-        for k, s in sites.items()
-    )  # fmt: skip
-    return marginals, sequences
-
-
-def _calibration_table(folder: Path, name: str) -> pd.DataFrame:
-    """The calibration pool's rows: a file of their own until a run is done, then part of both."""
-    path = folder / f"calibration_{name}.parquet"
-    if path.exists():
-        return pd.read_parquet(path)
-    table = pd.read_parquet(folder / f"{name}.parquet")
-    return table[table.pool == "calibration"] if "pool" in table else table
+    def parameters(self) -> dict:
+        """What must stay the same when a run is continued, mixes and what follows from them apart."""
+        own = dataclasses.asdict(self)
+        return {k: v for k, v in own.items() if k not in ("mixes", "featured", "allow_shortfall")}
 
 
 def _each(function: Callable, sites: list[str], what: str) -> list:
@@ -78,73 +82,96 @@ def _each(function: Callable, sites: list[str], what: str) -> list:
         return list(tqdm(pool.map(function, sites), total=len(sites), desc=what))
 
 
-def _calibration_stage(model, texts, path: Path, *, group: int, batch: int, draws: int) -> None:
+def _capture(model, tokens: torch.Tensor, settings: CaptureSettings, group: int, callbacks=()):
+    """Statistics of every site, with other callbacks fed by the same forward passes."""
+    with ExitStack() as stack:
+        for callback in callbacks:
+            stack.enter_context(hooked(model, tuple(SITES), callback))
+        return capture(model, tokens.long().split(settings.batch), tuple(SITES), group_size=group)
+
+
+def _calibration_stage(model, tokenizer, texts, path: Path, settings: CaptureSettings, detailed: bool):
     """Everything that a mix's calibration pool decides; nothing of the test pool is seen."""
     tokens = texts.calibration
-    device = next(model.parameters()).device
-    subsets = SubsetMarginals(len(tokens), draws, device)
-    with hooked(model, tuple(SITES), subsets.count):
-        sites = _capture(model, tokens, group, batch)
-    marginals, sequences = pool_tables("calibration", sites, texts.calibration_source)
-    write_table(marginals, path / "calibration_marginals.parquet")
-    write_table(sequences, path / "calibration_sequences.parquet")
-    write_table(subsets.table(), path / "calibration_subsets.parquet")
-    found = _each(lambda site: policies.calibrate(sites[site].total), list(sites), "calibrate")
-    rows = [(k, p, a) for k, amaxes in zip(sites, found, strict=True) for p, a in amaxes.items()]
-    columns = ["site", "policy", "calibrated_amax"]
-    write_table(pd.DataFrame(rows, columns=columns), path / "policies.parquet")
+    subsets = SubsetMarginals(len(tokens), settings.draws, next(model.parameters()).device)
+    largest = TokenAmaxes()
+    callbacks = [subsets.count, largest.count] if detailed else []
+    sites = _capture(model, tokens, settings, len(tokens), callbacks)
+    pools, blocks, sequences = tables.pool_tables(
+        "calibration", sites, texts.calibration_source, detailed
+    )
+    found = {"pools": pools, "blocks": blocks, "sequences": sequences}
+    if detailed:
+        found |= {"subsets": subsets.table(), "tokens": largest.table(tokens, tokenizer)}
+    for name, table in found.items():
+        write_table(table, path / f"calibration_{name}.parquet")
+    calibrated = _each(lambda site: policies.calibrate(sites[site].total), list(sites), "calibrate")
+    write_table(
+        tables.policy_table(dict(zip(sites, calibrated, strict=True))), path / "policies.parquet"
+    )
 
 
 def _test_stage(
-    model, texts, path: Path, calibrations: dict, mix: str, *, test_group: int, batch: int,
-    window_mixes: list[str], featured: list[str],
-) -> None:  # fmt: skip
+    model, texts, path: Path, calibrations: tables.Calibrations, mix: str, settings: CaptureSettings
+) -> None:
     """Score every calibration on one mix's test pool. ``errors.parquet`` is written last."""
-    sites = _capture(model, texts.test, test_group, batch)
-    marginals, sequences = pool_tables("test", sites, texts.test_source)
-    for name, table in (("marginals", marginals), ("sequences", sequences)):
-        before = _calibration_table(path, name)
+    number = settings.mixes.index(mix)
+    detailed, windowed = number < settings.detailed, number < settings.windows
+    sites = _capture(model, texts.test, settings, settings.test_group)
+    pool_tables = tables.pool_tables("test", sites, texts.test_source, detailed)
+    for name, table in zip(("pools", "blocks", "sequences"), pool_tables, strict=True):
+        before = tables.calibration_table(path, name)
         write_table(pd.concat([before, table]), path / f"{name}.parquet")
-    subsets = _calibration_table(path, "subsets")
+    sequences = tables.calibration_table(path, "sequences")
+    halves = tables.halves_of(sequences)
 
     def score(site: str):
         total = sites[site].total
+        own = {m: {p: a[site] for p, a in by.items()} for m, by in calibrations.items()}
         oracle = {u: policies.oracle(total, u) for u in UNDERFLOWS}
-        own = subsets[subsets.site == site].drop(columns=["mse_flush", "mse_floor"], errors="ignore")
-        return (
-            oracle,
-            scoring.group_errors(site, sites[site], total, calibrations[site], oracle),
-            scoring.group_table(site, sites[site]),
-            scoring.curve_table(site, total, mix in window_mixes),
-            scoring.score_subsets(own, total),
-        )
+        exact = [a for by in own.values() for a in by.values()] + list(oracle.values())
+        if detailed:  # so that every subset of the sequences can be read off the curve
+            exact += sequences[sequences.site == site].amax.unique().tolist()
+        found = {
+            "errors": scoring.group_errors(site, sites[site], total, own, oracle),
+            "groups": scoring.group_table(site, sites[site]),
+            "curves": scoring.curve_table(site, total, exact, windowed),
+            "oracle": oracle,
+        }
+        if detailed:
+            subsets = tables.calibration_table(path, "subsets")
+            found["subsets"] = scoring.score_subsets(subsets[subsets.site == site], total)
+            menu = scoring.site_menu(site, mix, calibrations, oracle, halves)
+            found["metrics"] = scoring.metric_table(site, total, menu)
+        return found
 
     scored = _each(score, list(sites), "score")
-    oracles, errors, *tables = zip(*scored, strict=True)
+    oracles = {site: found.pop("oracle") for site, found in zip(sites, scored, strict=True)}
+    joined = {name: pd.concat([found[name] for found in scored]) for name in scored[0]}
     menu = {
-        site: _window_menu(calibrations[site], oracle, mix, window_mixes)
-        for site, oracle in zip(sites, oracles, strict=True)
+        site: scoring.window_menu(site, mix, calibrations, oracles[site], settings) for site in sites
     }
-    direct = scoring.WindowErrors(menu, min(WINDOW, texts.test.shape[1]))
+    direct = scoring.WindowErrors(menu, scoring.window_length(texts.test.shape[1]))
     device = next(model.parameters()).device
     with torch.inference_mode(), hooked(model, tuple(SITES), direct.count):
-        for part in tqdm(texts.test.long().split(batch), desc="windows", unit="batch"):
+        for part in tqdm(texts.test.long().split(settings.batch), desc="windows", unit="batch"):
             getattr(model, "model", model)(input_ids=part.to(device))
     windows = direct.table()
-    if mix in window_mixes:
-        # float32: a single window's error is wanted to 7 digits, and the files travel with the book
-        floats = dict.fromkeys(windows.columns[2:], np.float32)
-        write_table(windows.astype(floats), path / "windows.parquet")  # type: ignore[arg-type]
-    for site in featured:
-        sites[site].total.save(path / f"joint.{site}.parquet")
-    for name, table in zip(("groups", "curves", "subsets"), tables, strict=True):
-        write_table(pd.concat(table), path / f"{name}.parquet")
-    per_group = test_group * texts.test.shape[1] // direct.window
+    if windowed:
+        write_table(scoring.as_float32(windows), path / "windows.parquet")
+    if detailed:
+        write_table(tables.calibration_table(path, "tokens"), path / "tokens.parquet")
+        for site in settings.featured:
+            sites[site].total.save(path / f"joint.{site}.parquet")
+    per_group = settings.test_group * texts.test.shape[1] // direct.window
     by_window = scoring.window_group_errors(windows, calibrations, mix, per_group)
-    write_table(pd.concat([*errors, by_window]), path / "errors.parquet")
+    errors = pd.concat([joined.pop("errors"), by_window])
+    for name, table in joined.items():
+        write_table(table, path / f"{name}.parquet")
+    write_table(tables.without_equal_floor(errors), path / "errors.parquet")
 
 
-def _scored(path: Path, mixes: list[str]) -> bool:
+def _scored(path: Path, mixes: tuple[str, ...]) -> bool:
     """Whether a test pool has been scored with the calibrations of all mixes."""
     file = path / "errors.parquet"
     return file.exists() and set(mixes) <= set(
@@ -152,20 +179,7 @@ def _scored(path: Path, mixes: list[str]) -> bool:
     )
 
 
-def _window_menu(calibrations: dict, oracle: dict, mix: str, window_mixes: list[str]) -> dict:
-    """What is scored window by window: two policies always, all of them where windows are kept."""
-    own = calibrations[mix]
-    menu = {scoring.DYNAMIC: np.nan, scoring.FOUR_OVER_SIX: own[scoring.FOUR_OVER_SIX]}
-    if mix in window_mixes:
-        menu |= {p: own[p] for p in ("amax", "p99.99", "p99.999", "headroom", "mse", "aligned")}
-        menu |= {f"amax of {m}": calibrations[m]["amax"] for m in window_mixes if m != mix}
-    both = {(name, u): amax for name, amax in menu.items() for u in UNDERFLOWS}
-    if mix in window_mixes:
-        both |= {("oracle", u): oracle[u] for u in UNDERFLOWS}
-    return both
-
-
-def _settings(info: dict) -> dict[str, str]:
+def _settings_of(info: dict) -> dict[str, str]:
     """What must not change while a run is made, or when mixes are added to it."""
     made = info["provenance"]
     hashes = {"model": info["model_sha256"], "code": made["source_sha256"]}
@@ -177,10 +191,10 @@ def _settings(info: dict) -> dict[str, str]:
 
 def _begin(path: Path, info: dict) -> None:
     """Refuse to go on with a run that was made with other settings, or note those of a new one."""
-    new = _settings(info)
+    new = _settings_of(json.loads(json.dumps(info)))
     for file in (path / "run.json", path / BEGUN):
         if file.exists():
-            old = _settings(json.loads(file.read_text()))
+            old = _settings_of(json.loads(file.read_text()))
             changed = [f"{k} was {old[k]}, is {new[k]}" for k in old if k in new and old[k] != new[k]]
             if changed:
                 raise ValueError(
@@ -194,109 +208,96 @@ def _begin(path: Path, info: dict) -> None:
 
 def capture_run(
     model_name: str,
-    mixes: list[str],
     path: Path,
+    settings: CaptureSettings,
     *,
-    calibration: int,
-    test: int,
-    length: int = 512,
-    group: int = 32,
-    test_group: int = 8,
-    batch: int = 32,
-    draws: int = 5,
-    featured: list[str] | None = None,
-    featured_mixes: int = 1,
-    window_mixes: int = 0,
     folder: Path | None = None,
-    allow_shortfall: bool = False,
     commit: str | None = None,
 ) -> None:
-    """Capture ``mixes`` through ``model_name`` (a folder or a hub id) into the folder ``path``.
-
-    Joint histograms are kept of the ``featured`` sites of the first ``featured_mixes``; errors by
-    window of 256 tokens, and curves for a bfloat16 output, of the first ``window_mixes``.
+    """Capture a model (a name of ``studies.data.models``, a folder or a hub id) into the folder ``path``.
 
     What ``path`` holds already is kept. Raises ``ValueError`` if it was captured with another model,
-    other parameters, texts, code, versions, or on another device.
+    other settings, texts, code, versions, or on another device.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model_path = Path(model_name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16)
-    model = model.to(device)  # type: ignore[arg-type]
+    source = Path(models.resolve(model_name))
+    model, tokenizer = models.load(model_name)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    begin = models.begins_with(tokenizer)
     texts = {
-        mix: corpora.sequences(mix, tokenizer, calibration=calibration, test=test, length=length,
-                               folder=folder, allow_shortfall=allow_shortfall)
-        for mix in mixes
+        mix: corpora.sequences(mix, tokenizer, calibration=settings.calibration, test=settings.test,
+                               length=settings.length, begin=begin, folder=folder,
+                               allow_shortfall=settings.allow_shortfall)
+        for mix in settings.mixes
     }  # fmt: skip
+    known = models.MODELS.get(model_name)
     info = {
-        "model": model_name,
-        "model_name": f"{model_path.name} model",
-        "model_sha256": sha256_of(model_path) if model_path.exists() else "hub",
-        "mixes": mixes,
-        "featured_mixes": mixes[:featured_mixes],
-        "window_mixes": mixes[:window_mixes],
+        "model": str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else model_name,
+        "model_name": known.title if known else f"{source.name} model",
+        "model_sha256": sha256_of(source) if source.exists() else "hub",
+        "mixes": list(settings.mixes),
+        "detailed_mixes": list(settings.mixes[: settings.detailed]),
+        "window_mixes": list(settings.mixes[: settings.windows]),
         "texts": {m: t.provenance | {"shortfall": t.shortfall} for m, t in texts.items()},
-        "provenance": provenance(commit, calibration=calibration, test=test, length=length, group=group,
-                                 test_group=test_group, batch=batch, draws=draws),
-    }  # fmt: skip
+        "provenance": provenance(commit, **settings.parameters()),
+    }
     _begin(path, info)
-    for mix in mixes:
+    for number, mix in enumerate(settings.mixes):
         (path / mix).mkdir(parents=True, exist_ok=True)
         if not (path / mix / "policies.parquet").exists():
             print(f"calibration pool of {mix}", flush=True)
-            _calibration_stage(model, texts[mix], path / mix, group=group, batch=batch, draws=draws)
-    calibrations: dict[str, dict[str, dict[str, float]]] = {}
-    for mix in mixes:
-        table = pd.read_parquet(path / mix / "policies.parquet")
-        for site, rows in table.groupby("site", observed=True, sort=False):
-            values = dict(zip(rows.policy, rows.calibrated_amax, strict=True))
-            calibrations.setdefault(str(site), {})[mix] = values
-    chosen = featured if featured is not None else default_featured(list(calibrations))
-    for number, mix in enumerate(mixes):
-        if not _scored(path / mix, mixes):
+            detailed = number < settings.detailed
+            _calibration_stage(model, tokenizer, texts[mix], path / mix, settings, detailed)
+    calibrations = tables.read_calibrations(path, settings.mixes)
+    sites = list(calibrations[settings.mixes[0]]["amax"])
+    settings = dataclasses.replace(settings, featured=settings.featured or default_featured(sites))
+    for mix in settings.mixes:
+        if not _scored(path / mix, settings.mixes):
             print(f"test pool of {mix}", flush=True)
-            _test_stage(
-                model, texts[mix], path / mix, calibrations, mix, test_group=test_group, batch=batch,
-                window_mixes=mixes[:window_mixes], featured=chosen if number < featured_mixes else [],
-            )  # fmt: skip
-    for mix in mixes:
-        for name in ("marginals", "sequences", "subsets"):
+            _test_stage(model, texts[mix], path / mix, calibrations, mix, settings)
+    if settings.end_to_end:
+        model_stage(model, {mix: t.test.long() for mix, t in texts.items()}, path, calibrations)
+    if settings.layouts:
+        layout_stage(model, tokenizer, path, calibrations, settings, begin=begin, folder=folder)
+    for mix in settings.mixes:
+        for name in CALIBRATION_TABLES:
             (path / mix / f"calibration_{name}.parquet").unlink(missing_ok=True)
-    info |= {"sites": list(calibrations), "featured": chosen}
-    write_json(info, path / "run.json")
+    clean_up(path)
+    write_json(info | {"sites": sites, "featured": list(settings.featured)}, path / "run.json")
     (path / BEGUN).unlink()
 
 
-def default_featured(sites: list[str]) -> list[str]:
+def default_featured(sites: list[str]) -> tuple[str, ...]:
     """The first and the last layer's MLP and down-projection inputs."""
     layers = sorted({int(s.split(".")[1]) for s in sites})
     wanted = [f"layers.{i}.{s}" for i in (layers[0], layers[-1])
               for s in ("mlp_input", "down_proj_input")]  # fmt: skip
-    return [site for site in wanted if site in sites]
+    return tuple(site for site in wanted if site in sites)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default="models/reference", help="folder or hub id")
+    parser.add_argument("--model", default="models/reference", help="name, folder or hub id")
     parser.add_argument("--dataset", default=EMBEDDED_MIX, help="mixes, comma-separated")
     parser.add_argument("--run", default="", help="name under runs/; empty: results/reference")
     parser.add_argument("--out", type=Path, default=None, help="another output folder")
     parser.add_argument("--corpora", type=Path, default=None, help="folder of *.jsonl.gz")
-    for name, value in (("calibration", 1024), ("test", 256), ("length", 512), ("batch", 32)):
+    for name, value in (("calibration", 256), ("test", 64), ("length", 512), ("batch", 32),
+                        ("detailed", 1), ("windows", 0), ("draws", 5)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--windows", type=int, default=0, help="mixes with errors by 256 tokens")
+    parser.add_argument("--featured", default="", help="sites whose joint histogram is kept")
+    parser.add_argument("--layouts", default="", help="other lengths in tokens, comma-separated")
+    parser.add_argument("--end-to-end", action="store_true", help="evaluate the model too")
     parser.add_argument("--allow-shortfall", action="store_true")
     parser.add_argument("--commit", default=None)
     a = parser.parse_args()
     path = a.out or (RUNS / a.run if a.run else REFERENCE)
-    capture_run(
-        a.model, a.dataset.split(","), path, calibration=a.calibration, test=a.test,
-        length=a.length, batch=a.batch, window_mixes=a.windows, folder=a.corpora,
-        allow_shortfall=a.allow_shortfall, commit=a.commit,
+    settings = CaptureSettings(
+        mixes=tuple(a.dataset.split(",")), calibration=a.calibration, test=a.test, length=a.length,
+        batch=a.batch, draws=a.draws, detailed=a.detailed, windows=a.windows, end_to_end=a.end_to_end,
+        featured=tuple(filter(None, a.featured.split(","))),
+        layouts=tuple(int(n) for n in a.layouts.split(",") if n), allow_shortfall=a.allow_shortfall,
     )  # fmt: skip
+    capture_run(a.model, path, settings, folder=a.corpora, commit=a.commit)
     print(f"run stored in {path}")
     Run(a.run) if a.out is None else None
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from nvfp4_utils.policies import POLICIES
 
-from .scoring import FOUR_OVER_SIX
 from .settings import (
+    FOUR_OVER_SIX,
     NONE,
     PER_SEQUENCE,
     Amaxes,

@@ -28,8 +28,7 @@ from nvfp4_utils.quantize import (
     input_scale_from_amax,
 )
 
-from .scoring import FOUR_OVER_SIX
-from .settings import CALIBRATED, PER_TOKEN, STATIC, Setting
+from .settings import CALIBRATED, FOUR_OVER_SIX, PER_TOKEN, STATIC, Setting
 
 # The linears that read each kind of site, in the names of Llama, Gemma and Qwen models.
 LINEARS = {

@@ -8,10 +8,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nvfp4_utils.histogram import codes_to_values
+from nvfp4_utils.histogram import Marginals, codes_to_values
 from nvfp4_utils.hooks import SiteStatistics
 from nvfp4_utils.quantize import (
     BLOCK_SIZE,
+    E4M3_MAX,
+    E4M3_MIN_SUBNORMAL,
+    E4M3_NORMAL_RANGE,
     UNDERFLOWS,
     Underflow,
     fake_quantize_reference,
@@ -20,32 +23,87 @@ from nvfp4_utils.quantize import (
 )
 from nvfp4_utils.statistics import ActivationStatistics
 
+from . import plan
+from .settings import FOUR_OVER_SIX, STATIC
+
 CURVE_OCTAVES = 19  # above the largest block amax: past the last subnormal block scale
+WINDOW = 256  # tokens of the study's test tensor
+UNDERFLOW_START = E4M3_MAX / (E4M3_MIN_SUBNORMAL / 2)  # rho = 458752; this tie rounds to even, 0
 DYNAMIC = "dynamic"
-FOUR_OVER_SIX = "four-over-six"
 DRAWS = 2000  # of a bootstrap
 
 
-def curve_amaxes(statistics: ActivationStatistics) -> np.ndarray:
-    """Where the stored curve is evaluated: every bfloat16 from p99 (or 1/64 of the amax) to twice
-    the amax, so that amax and percentile calibrations lie on it exactly; then 16 an octave."""
-    top = torch.tensor(2 * statistics.amax, dtype=torch.bfloat16).view(torch.int16)
-    low = min(max(statistics.percentile(99), statistics.amax / 2**12), statistics.amax / 64)
-    bottom = torch.tensor(low, dtype=torch.bfloat16).view(torch.int16)
-    dense = codes_to_values(torch.arange(int(bottom), int(top) + 1), torch.bfloat16).numpy()
-    steps = np.arange(16, 16 * CURVE_OCTAVES + 1) / 16
-    return np.concatenate([dense, statistics.amax * 2 ** steps[1:]])
+def curve_amaxes(statistics: ActivationStatistics, exact) -> np.ndarray:
+    """Where the stored curve is evaluated: 8 points per octave, 16 around the amax, and ``exact``.
+
+    ``exact`` are calibrated amaxes whose error is to be read off without interpolation.
+    """
+    around = np.arange(-32, 33) / 16
+    far = np.arange(-8 * 6, 8 * CURVE_OCTAVES + 1) / 8
+    exponents = np.union1d(around, far)
+    return np.union1d(statistics.amax * 2.0**exponents, np.asarray(exact, dtype=np.float64))
 
 
-def curve_table(site: str, total: ActivationStatistics, bf16: bool) -> pd.DataFrame:
+def curve_table(site: str, total: ActivationStatistics, exact, bf16: bool) -> pd.DataFrame:
     """MSE of the pool along ``curve_amaxes``; with ``bf16`` also ``mse_flush_bf16``, of that output."""
-    amaxes = curve_amaxes(total)
+    amaxes = curve_amaxes(total, exact)
     scales = input_scale_from_amax(amaxes)
     columns = {"site": site, "calibrated_amax": amaxes}
     columns |= {f"mse_{u}": total.mse(scales, u) for u in UNDERFLOWS}
     if bf16:
         columns["mse_flush_bf16"] = total.mse(scales, "flush", out_dtype=torch.bfloat16)
-    return pd.DataFrame(columns)
+    return pd.DataFrame(columns).astype({name: np.float32 for name in columns if name.startswith("mse")})
+
+
+def block_shares(m: Marginals, amaxes: np.ndarray) -> dict[str, np.ndarray]:
+    """Share of nonzero blocks at each calibrated amax that are saturated, subnormal or underflow.
+
+    With ``rho = amax / b``: below 1; above 28672; from 458752 on, where the scale rounds to zero.
+    """
+    values = codes_to_values(m.block_codes, m.dtype).numpy()
+    counts = m.block_counts.numpy()[values > 0]
+    values = values[values > 0]
+    total = np.concatenate([[0], counts.cumsum()])
+
+    def below(limit) -> np.ndarray:
+        return total[np.searchsorted(values, limit, side="left")] / total[-1]
+
+    under = below(np.nextafter(amaxes / UNDERFLOW_START, np.inf))
+    return {
+        "saturated": 1 - total[np.searchsorted(values, amaxes, side="right")] / total[-1],
+        "subnormal": below(amaxes / E4M3_NORMAL_RANGE) - under,
+        "underflow": under,
+    }
+
+
+def site_menu(site: str, mix: str, calibrations, oracle, halves) -> list[tuple[str, str, str, float]]:
+    """(calibration, policy, convention, amax) of every scale that the model is evaluated with here."""
+    amaxes = {m: {p: {site: a[site]} for p, a in by.items()} for m, by in calibrations.items()}
+    oracles = {u: {site: amax} for u, amax in oracle.items()}
+    own_halves = {name: {site: a[site]} for name, a in halves.items()}
+    settings = plan.settings_for(mix, amaxes, oracles, own_halves, sweep=True)
+    return [(s.calibration, s.policy, s.underflow, s.amaxes[site]) for s in settings
+            if s.rule == STATIC and s.weights == "bf16" and not s.only]  # fmt: skip
+
+
+def metric_table(site: str, total: ActivationStatistics, menu) -> pd.DataFrame:
+    """Numbers that may foretell what a scale does to the model, one row per entry of ``site_menu``.
+
+    Columns: site, calibration, policy, underflow, calibrated_amax, snr_db, block_snr_db, saturated,
+    subnormal, underflowed (shares of the nonzero blocks).
+    """
+    table = pd.DataFrame(menu, columns=["calibration", "policy", "underflow", "calibrated_amax"])
+    table.insert(0, "site", site)
+    for underflow in UNDERFLOWS:
+        rows = table.underflow == underflow
+        scales = input_scale_from_amax(table.calibrated_amax[rows].to_numpy())
+        table.loc[rows, "snr_db"] = total.snr_db(scales, underflow)
+        table.loc[rows, "block_snr_db"] = total.block_snr_db(scales, underflow)
+    shares = block_shares(total.marginals, table.calibrated_amax.to_numpy())
+    table = table.assign(saturated=shares["saturated"], subnormal=shares["subnormal"],
+                         underflowed=shares["underflow"])  # fmt: skip
+    floats = ["snr_db", "block_snr_db", "saturated", "subnormal", "underflowed"]
+    return table.astype(dict.fromkeys(floats, np.float32))
 
 
 def group_errors(
@@ -136,6 +194,28 @@ class WindowErrors:
         return pd.concat(tables, ignore_index=True)
 
 
+def window_length(tokens: int) -> int:
+    """The largest length up to ``WINDOW`` that divides sequences of so many tokens."""
+    return next(n for n in range(min(WINDOW, tokens), 0, -1) if tokens % n == 0)
+
+
+def window_menu(site: str, mix: str, calibrations, oracle: dict, settings) -> dict:
+    """What is scored window by window: two policies always, all of them where windows are kept."""
+    own = {policy: amaxes[site] for policy, amaxes in calibrations[mix].items()}
+    kept = settings.mixes[: settings.windows]
+    menu = {DYNAMIC: np.nan, FOUR_OVER_SIX: own[FOUR_OVER_SIX]}
+    if mix in kept:
+        menu |= {p: own[p] for p in ("amax", "p99.99", "p99.999", "headroom", "mse", "aligned")}
+        menu |= {f"amax of {m}": calibrations[m]["amax"][site] for m in kept if m != mix}
+    both = {(name, u): amax for name, amax in menu.items() for u in UNDERFLOWS}
+    return both | ({("oracle", u): oracle[u] for u in UNDERFLOWS} if mix in kept else {})
+
+
+def as_float32(windows: pd.DataFrame) -> pd.DataFrame:
+    """A single window's error is wanted to 7 digits, and the files travel with the book."""
+    return windows.astype(dict.fromkeys(windows.columns[2:], np.float32))
+
+
 def window_group_errors(
     windows: pd.DataFrame, calibrations: dict, mix: str, windows_a_group: int
 ) -> pd.DataFrame:
@@ -147,7 +227,7 @@ def window_group_errors(
             column = f"{name} {underflow}"
             one = windows.groupby(["site", "group"], sort=False)[column].mean()
             one = one.rename("mse").reset_index()
-            own = [calibrations[s][mix][name] if name == FOUR_OVER_SIX else np.nan for s in one.site]
+            own = [calibrations[mix][name][s] if name == FOUR_OVER_SIX else np.nan for s in one.site]
             tables.append(one.assign(calibration="test" if name == DYNAMIC else mix, policy=name,
                                      underflow=underflow, calibrated_amax=own))  # fmt: skip
     return pd.concat(tables, ignore_index=True)

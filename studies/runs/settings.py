@@ -13,9 +13,8 @@ from typing import Literal
 from nvfp4_utils.hooks import SITES
 from nvfp4_utils.quantize import UNDERFLOWS, Underflow, check_underflow
 
-from .scoring import FOUR_OVER_SIX
-
 STATIC, PER_SEQUENCE, PER_TOKEN = "static", "dynamic per sequence", "dynamic per token"
+FOUR_OVER_SIX = "four-over-six"
 NONE = "none"
 CALIBRATED = (STATIC, FOUR_OVER_SIX)  # rules that need an amax per site
 RULES = (*CALIBRATED, PER_SEQUENCE, PER_TOKEN, NONE)

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -20,9 +20,12 @@ from nvfp4_utils.histogram import Marginals
 from nvfp4_utils.statistics import ActivationStatistics
 from studies import ROOT
 
-REFERENCE = ROOT / "results" / "reference"
+RESULTS = ROOT / "results"
+REFERENCE = RESULTS / "reference"
 RUNS = ROOT / "runs"
-LABELS = ("site", "pool", "level", "source", "calibration", "policy", "underflow")  # stored as codes
+# Columns stored as codes: few different texts.
+LABELS = ("site", "pool", "source", "calibration", "policy", "underflow", "token", "test", "weights",
+          "only", "layout")  # fmt: skip
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pyarrow")
 
 
@@ -85,32 +88,39 @@ def write_json(info: dict, path: Path) -> None:
 
 
 class Run:
-    """A captured run: ``Run()`` is the stored reference, ``Run("name")`` one in ``runs/``.
+    """A captured run: ``Run()`` is the stored reference, ``Run("name")`` one in ``results`` or ``runs``.
 
-    Tables (pandas): ``sequences(mix)``, ``subsets(mix)``, ``groups(mix)``, ``curves(mix)``,
-    ``errors(mix)``, ``windows(mix)``; ``marginals(mix, site, pool)`` and ``joint(mix, site)`` give
-    statistics.
+    Tables (pandas) of a mix: ``sequences``, ``tokens``, ``subsets``, ``groups``, ``curves``, ``errors``,
+    ``metrics``, ``windows``; of the run: ``end_to_end``, ``end_to_end_sequences``, ``single_sites``,
+    ``layouts``. ``marginals(mix, site, pool)`` and ``joint(mix, site)`` give statistics.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such run, or a mix was never captured in it.
+        If there is no such run, or a table was never captured in it.
     """
 
     def __init__(self, name: str = ""):
-        self.path = RUNS / name if name else REFERENCE
+        self.name = name or REFERENCE.name
+        stored, own = RESULTS / self.name, RUNS / self.name
+        self.path = own if (own / "run.json").is_file() else stored
         if not (self.path / "run.json").is_file():
             raise FileNotFoundError(
-                f"no run at {self.path}; expected a folder with run.json. Make it with "
+                f"no run at {own}; expected a folder with run.json. Make it with "
                 f"`make capture MODEL=models/reference DATASET=python-library RUN={name or 'NAME'}`"
             )
         self.info = json.loads((self.path / "run.json").read_text())
         self.mixes: list[str] = self.info["mixes"]
         self.sites: list[str] = self.info["sites"]
         self.featured: list[str] = self.info["featured"]
-        self.featured_mix: str = self.info["featured_mixes"][0]
+        self.featured_mix: str = self.info["detailed_mixes"][0]
         self.window_mixes: list[str] = self.info["window_mixes"]
         self.model_name: str = self.info["model_name"]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of site of this run, in the order of the model."""
+        return list(dict.fromkeys(site.rsplit(".", 1)[-1] for site in self.sites))
 
     def test_sequences(self, mix: str) -> int:
         """Sequences in a mix's test pool."""
@@ -118,73 +128,111 @@ class Run:
         return int(table[table.pool == "test"].sequence.max()) + 1
 
     @lru_cache(maxsize=64)  # noqa: B019 - a run lives as long as its page
-    def _table(self, mix: str, name: str) -> pd.DataFrame:
+    def _table(self, name: str, mix: str = "") -> pd.DataFrame:
         path = self.path / mix / f"{name}.parquet"
         if not path.is_file():
+            of = f" of mix {mix!r}" if mix else ""
             raise FileNotFoundError(
-                f"no {name} of mix {mix!r} at {path}; this run holds {', '.join(self.mixes)}."
+                f"no {name}{of} at {path}; this run holds {', '.join(self.mixes)}, and such details as "
+                f"subsets, tokens and joint histograms of {', '.join(self.info['detailed_mixes'])} only."
             )
         return pd.read_parquet(path)
 
     def sequences(self, mix: str) -> pd.DataFrame:
         """site, pool, sequence, source, amax: each sequence's largest magnitude."""
-        return self._table(mix, "sequences")
+        return self._table("sequences", mix)
+
+    def tokens(self, mix: str) -> pd.DataFrame:
+        """Each calibration sequence's largest token at each site: see ``TokenAmaxes``. Detailed mixes."""
+        return self._table("tokens", mix)
 
     def groups(self, mix: str) -> pd.DataFrame:
         """site, group, count, signal_power of each test group of sequences."""
-        return self._table(mix, "groups")
+        return self._table("groups", mix)
 
     def curves(self, mix: str) -> pd.DataFrame:
         """site, calibrated_amax, mse_flush, mse_floor over the whole test pool.
 
         Of ``window_mixes`` also mse_flush_bf16, for a bfloat16 output.
         """
-        return self._table(mix, "curves")
+        return self._table("curves", mix)
 
     def curve(self, mix: str, site: str) -> pd.DataFrame:
         """``curves(mix)`` of one site, by ascending calibrated amax."""
         curves = self.curves(mix)
         return curves[curves.site == site].sort_values("calibrated_amax")
 
+    @lru_cache(maxsize=16)  # noqa: B019
     def errors(self, mix: str) -> pd.DataFrame:
-        """site, calibration, policy, underflow, calibrated_amax, group, mse on ``mix``'s test."""
-        return self._table(mix, "errors")
+        """site, calibration, policy, underflow, calibrated_amax, group, mse on ``mix``'s test pool.
+
+        Rows under floor that equal those under flush are not stored; they are put back here.
+        """
+        stored = self._table("errors", mix)
+        keys = ["site", "calibration", "policy"]
+        flush, floor = (stored[stored.underflow == u] for u in ("flush", "floor"))
+        known = pd.MultiIndex.from_frame(floor[keys].drop_duplicates())
+        equal = flush[~pd.MultiIndex.from_frame(flush[keys]).isin(known)]
+        return pd.concat([stored, equal.assign(underflow="floor")], ignore_index=True)
+
+    def metrics(self, mix: str) -> pd.DataFrame:
+        """site, calibration, policy, underflow, calibrated_amax, snr_db, block_snr_db, and the shares of
+        nonzero blocks that are saturated, subnormal and underflow; policy, calibration and scale as in
+        ``end_to_end``. Detailed mixes."""
+        return self._table("metrics", mix)
 
     def subsets(self, mix: str) -> pd.DataFrame:
-        """site, draw, n, policy, calibrated_amax, mse_flush, mse_floor: nested calibration subsets."""
-        return self._table(mix, "subsets")
+        """site, draw, n, policy, calibrated_amax, mse_flush, mse_floor: nested calibration subsets.
+
+        Detailed mixes.
+        """
+        return self._table("subsets", mix)
 
     def windows(self, mix: str) -> pd.DataFrame:
         """site, window, signal_power, and the MSE of each ``"policy convention"`` on 256 tokens.
 
         Only of ``window_mixes``.
         """
-        return self._table(mix, "windows")
+        return self._table("windows", mix)
+
+    def policies(self, mix: str) -> pd.DataFrame:
+        """site, policy, calibrated_amax of the mix's calibration pool."""
+        return self._table("policies", mix)
+
+    def end_to_end(self) -> pd.DataFrame:
+        """test, calibration, policy, underflow, weights, only, sequences, nll, kl, kl_p999, top1, low, high."""
+        return self._table("end_to_end")
+
+    def end_to_end_sequences(self) -> pd.DataFrame:
+        """The labels of ``end_to_end``, sequence, kl, nll, top1: for paired differences."""
+        return self._table("end_to_end_sequences")
+
+    def single_sites(self) -> pd.DataFrame:
+        """``end_to_end`` of one quantized site at a time, named by ``only``."""
+        return self._table("single_sites")
+
+    def layouts(self) -> pd.DataFrame:
+        """layout, site, policy, calibrated_amax: other lengths, and one record per sequence."""
+        return self._table("layouts")
 
     def marginals(self, mix: str, site: str, pool: str = "calibration") -> Marginals:
-        """Element and block-amax marginal of a pool at a site."""
-        key = (site, pool)
-        grouped = self._marginals(mix)
-        if key not in grouped:
+        """The block-amax marginal of a pool at a site, with its amax and signal power; no elements.
+
+        Of mixes that are not detailed, block amaxes have 4 significant bits.
+        """
+        grouped = self._blocks(mix)
+        if (site, pool) not in grouped:
             raise KeyError(f"no marginal of {site} {pool} in {mix}; this run holds {self.sites}.")
-        table = grouped[key]
-        parts = []
-        for level in ("element", "block"):
-            rows = table[table.level == level]
-            parts += [torch.from_numpy(rows[c].to_numpy("int64").copy()) for c in ("code", "count")]
-        return Marginals(torch.bfloat16, *parts)
+        rows = grouped[site, pool]
+        codes, counts = (torch.from_numpy(rows[c].to_numpy("int64").copy()) for c in ("code", "count"))
+        scalars = self._table("pools", mix)
+        of = scalars[(scalars.site == site) & (scalars.pool == pool)].iloc[0]
+        return Marginals.of_blocks(torch.bfloat16, codes, counts, of.amax, of.signal_power)
 
-    def _marginals(self, mix: str) -> dict:
-        if mix not in self._marginal_cache:
-            table = self._table(mix, "marginals")
-            self._marginal_cache[mix] = dict(
-                list(table.groupby(["site", "pool"], sort=False, observed=True))
-            )
-        return self._marginal_cache[mix]
-
-    @cached_property
-    def _marginal_cache(self) -> dict:
-        return {}
+    @lru_cache(maxsize=16)  # noqa: B019
+    def _blocks(self, mix: str) -> dict:
+        table = self._table("blocks", mix)
+        return dict(list(table.groupby(["site", "pool"], sort=False, observed=True)))
 
     def joint(self, mix: str, site: str) -> ActivationStatistics:
         """The joint histogram of a featured site's test pool."""

@@ -25,7 +25,9 @@ class TokenAmaxes:
         rows = torch.arange(len(x), device=x.device)
         channel = x[rows, position].abs().argmax(-1)
         others = amaxes.index_put((rows, position), torch.tensor(-1.0, device=x.device))
-        part = torch.stack([top, position, channel, others.amax(1), amaxes.median(1).values, amaxes[:, 0]])
+        part = torch.stack(
+            [top, position, channel, others.amax(1), amaxes.median(1).values, amaxes[:, 0]]
+        )
         self.parts.setdefault(site, []).append(part.double())
 
     def table(self, tokens: torch.Tensor, tokenizer) -> pd.DataFrame:
