@@ -17,15 +17,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 from nvfp4_utils.hooks import SITES, capture
 from nvfp4_utils.policies import FROM_MARGINALS, calibrate
 from studies import ROOT
 from studies.data import corpora
-from studies.runs.capture_run import pool_tables
 from studies.runs.store import write_table
+from studies.runs.tables import policy_table, pool_tables
 
 from .timing import Table
 
@@ -115,15 +114,11 @@ def time_capture(table: Table, model, folder: Path) -> None:
     captured = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         path = Path(name)
-        marginals, sequences = pool_tables("calibration", sites, ["open text"] * SEQUENCES)
-        write_table(marginals, path / "marginals.parquet")
-        write_table(sequences, path / "sequences.parquet")
+        found = pool_tables("calibration", sites, ["open text"] * SEQUENCES, exact=True)
         totals = {label: site.total for label, site in sites.items()}
-        rows = [(label, policy, amax) for label, total in totals.items()
-                for policy, amax in calibrate(total.marginals, FROM_MARGINALS).items()]  # fmt: skip
-        write_table(
-            pd.DataFrame(rows, columns=["site", "policy", "calibrated_amax"]), path / "policies.parquet"
-        )
+        amaxes = {label: calibrate(t.marginals, FROM_MARGINALS) for label, t in totals.items()}
+        for name, part in (found | {"policies": policy_table(amaxes)}).items():
+            write_table(part, path / f"{name}.parquet")
         for label, total in totals.items():
             total.save(path / f"joint.{label}.parquet")
         written = sum(file.stat().st_size for file in path.iterdir())

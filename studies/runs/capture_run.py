@@ -90,17 +90,16 @@ def _capture(model, tokens: torch.Tensor, settings: CaptureSettings, group: int,
         return capture(model, tokens.long().split(settings.batch), tuple(SITES), group_size=group)
 
 
-def _calibration_stage(model, tokenizer, texts, path: Path, settings: CaptureSettings, detailed: bool):
+def _calibration_stage(
+    model, tokenizer, texts, path: Path, settings: CaptureSettings, detailed: bool
+) -> None:
     """Everything that a mix's calibration pool decides; nothing of the test pool is seen."""
     tokens = texts.calibration
     subsets = SubsetMarginals(len(tokens), settings.draws, next(model.parameters()).device)
     largest = TokenAmaxes()
     callbacks = [subsets.count, largest.count] if detailed else []
     sites = _capture(model, tokens, settings, len(tokens), callbacks)
-    pools, blocks, sequences = tables.pool_tables(
-        "calibration", sites, texts.calibration_source, detailed
-    )
-    found = {"pools": pools, "blocks": blocks, "sequences": sequences}
+    found = tables.pool_tables("calibration", sites, texts.calibration_source, detailed)
     if detailed:
         found |= {"subsets": subsets.table(), "tokens": largest.table(tokens, tokenizer)}
     for name, table in found.items():
@@ -118,8 +117,7 @@ def _test_stage(
     number = settings.mixes.index(mix)
     detailed, windowed = number < settings.detailed, number < settings.windows
     sites = _capture(model, texts.test, settings, settings.test_group)
-    pool_tables = tables.pool_tables("test", sites, texts.test_source, detailed)
-    for name, table in zip(("pools", "blocks", "sequences"), pool_tables, strict=True):
+    for name, table in tables.pool_tables("test", sites, texts.test_source, detailed).items():
         before = tables.calibration_table(path, name)
         write_table(pd.concat([before, table]), path / f"{name}.parquet")
     sequences = tables.calibration_table(path, "sequences")
@@ -214,7 +212,7 @@ def capture_run(
     folder: Path | None = None,
     commit: str | None = None,
 ) -> None:
-    """Capture a model (a name of ``studies.data.models``, a folder or a hub id) into the folder ``path``.
+    """Capture a model (a name of ``studies.data.models``, a folder or a hub id) into a folder.
 
     What ``path`` holds already is kept. Raises ``ValueError`` if it was captured with another model,
     other settings, texts, code, versions, or on another device.

@@ -43,7 +43,9 @@ def model_stage(model, tests: dict[str, torch.Tensor], path: Path, calibrations)
         oracle = errors[(errors.policy == "oracle") & (errors.group == 0)]
         found = {u: oracle[oracle.underflow == u].set_index("site").calibrated_amax for u in UNDERFLOWS}
         # A floor oracle whose errors equal the flush oracle's is not stored.
-        amaxes = {u: found["flush"].to_dict() | found[u].to_dict() for u in UNDERFLOWS}
+        amaxes: dict[str, dict[str, float]] = {
+            u: found["flush"].to_dict() | found[u].to_dict() for u in UNDERFLOWS
+        }
         halves = tables.halves_of(tables.calibration_table(path / mix, "sequences"))
         first = number == 0
         settings = plan.settings_for(mix, calibrations, amaxes, halves, sweep=first)
@@ -62,9 +64,8 @@ def layout_stage(model, tokenizer, path: Path, calibrations, settings, *, begin,
     sequences join ``end_to_end``, named after mix and length.
     """
     mix = settings.mixes[0]
-    rows = [
-        _layout_table(f"packed, {settings.length} tokens", mix, settings.calibration, calibrations[mix])
-    ]
+    own = f"packed, {settings.length} tokens"
+    rows = [_layout_table(own, mix, settings.calibration, calibrations[mix])]
     folders = [path / m for m in settings.mixes]
     for length in (settings.length, *settings.layouts):
         packed = length != settings.length
@@ -77,7 +78,7 @@ def layout_stage(model, tokenizer, path: Path, calibrations, settings, *, begin,
         name = f"packed, {length} tokens" if packed else RECORDS
         print(f"calibration: {name}", flush=True)
         found = _calibrate(model, texts, length)
-        by_policy = {p: {site: a[p] for site, a in found.items()} for p in next(iter(found.values()))}
+        by_policy = {p: {site: a[p] for site, a in found.items()} for p in calibrations[mix]}
         rows.append(_layout_table(name, mix, len(texts.calibration), by_policy))
         if packed:
             test = f"{mix}, {length} tokens"
@@ -113,11 +114,10 @@ def _calibrate(model, texts, length: int) -> dict[str, dict[str, float]]:
 def _join(path: Path, folders: list[Path]) -> None:
     """One table per run of what was evaluated folder by folder."""
     for name in PARTS:
-        found = [
-            pd.read_parquet(f / f"{name}.parquet") for f in folders if (f / f"{name}.parquet").exists()
-        ]
-        if found:
-            write_table(pd.concat(found, ignore_index=True), path / f"{name}.parquet")
+        files = [f / f"{name}.parquet" for f in folders if (f / f"{name}.parquet").exists()]
+        if files:
+            table = pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
+            write_table(table, path / f"{name}.parquet")
     single = path / SINGLE_FOLDER / "end_to_end.parquet"
     if single.exists():
         write_table(pd.read_parquet(single), path / "single_sites.parquet")

@@ -45,7 +45,7 @@ def half_amaxes(sequence_amaxes: Mapping[str, np.ndarray], draws: int = 6) -> di
     ``sequence_amaxes``: site -> amax of each sequence. One permutation serves all sites.
     """
     count = len(next(iter(sequence_amaxes.values())))
-    found = {}
+    found: dict[str, Amaxes] = {}
     for draw in range(draws):
         half = np.random.default_rng(draw).permutation(count)[: max(1, count // 2)]
         found[f"amax of half {draw}"] = {s: float(a[half].max()) for s, a in sequence_amaxes.items()}
@@ -66,12 +66,16 @@ def settings_for(
     found += policy_settings(test, {test: with_margins(own) | dict(halves)}, underflows=("flush",))
     found += policy_settings(test, {test: {p: own[p] for p in FLOORED}}, underflows=("floor",))
     found += [Setting(test, "test", "oracle", u, amaxes=oracle[u]) for u in ("flush", "floor")]
-    foreign = {mix: {p: a for p, a in with_margins(policies).items() if p not in ("constant", FOUR_OVER_SIX)}
-               for mix, policies in calibrations.items() if mix != test}  # fmt: skip
+    left_out = ("constant", FOUR_OVER_SIX)  # the same whatever the text, or another quantizer
+    foreign = {
+        mix: {p: amaxes for p, amaxes in with_margins(policies).items() if p not in left_out}
+        for mix, policies in calibrations.items()
+        if mix != test
+    }
     found += policy_settings(test, foreign, underflows=("flush",))
     if sweep:
-        found += [s for s in sweep_settings(test, test, own["amax"], SWEEP) if s.key not in
-                  {other.key for other in found}]  # fmt: skip
+        known = {s.key for s in found}
+        found += [s for s in sweep_settings(test, test, own["amax"], SWEEP) if s.key not in known]
         menu = {**own, **{f"x2^{k}": scaled(own["amax"], k) for k in (-2, 3, 14)}}
         for kind in dict.fromkeys(site.rsplit(".", 1)[-1] for site in own["amax"]):
             one = {policy: menu[policy] for policy in KINDS_ALONE}
@@ -84,7 +88,7 @@ def settings_for(
 
 
 def single_site_settings(test: str, amaxes: Amaxes) -> list[Setting]:
-    """One site at a time along ``SINGLE``, flush: how a tensor's error and the model's loss go together."""
+    """One site at a time along ``SINGLE``, flush: a tensor's error beside the model's loss."""
     return [
         Setting(test, test, f"x2^{k:g}", "flush", only=site, amaxes={site: amax * 2.0**k})
         for site, amax in amaxes.items()

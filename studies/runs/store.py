@@ -133,8 +133,8 @@ class Run:
         if not path.is_file():
             of = f" of mix {mix!r}" if mix else ""
             raise FileNotFoundError(
-                f"no {name}{of} at {path}; this run holds {', '.join(self.mixes)}, and such details as "
-                f"subsets, tokens and joint histograms of {', '.join(self.info['detailed_mixes'])} only."
+                f"no {name}{of} at {path}; this run holds {', '.join(self.mixes)}, and details of "
+                f"{', '.join(self.info['detailed_mixes'])} only."
             )
         return pd.read_parquet(path)
 
@@ -176,9 +176,7 @@ class Run:
         return pd.concat([stored, equal.assign(underflow="floor")], ignore_index=True)
 
     def metrics(self, mix: str) -> pd.DataFrame:
-        """site, calibration, policy, underflow, calibrated_amax, snr_db, block_snr_db, and the shares of
-        nonzero blocks that are saturated, subnormal and underflow; policy, calibration and scale as in
-        ``end_to_end``. Detailed mixes."""
+        """What ``scoring.metric_table`` says of every scale of ``end_to_end``. Detailed mixes."""
         return self._table("metrics", mix)
 
     def subsets(self, mix: str) -> pd.DataFrame:
@@ -200,7 +198,8 @@ class Run:
         return self._table("policies", mix)
 
     def end_to_end(self) -> pd.DataFrame:
-        """test, calibration, policy, underflow, weights, only, sequences, nll, kl, kl_p999, top1, low, high."""
+        """test, calibration, policy, underflow, weights, only, sequences, nll, kl, kl_p999, top1, low,
+        high: the model with every setting; ``low`` and ``high`` bound its mean KL."""
         return self._table("end_to_end")
 
     def end_to_end_sequences(self) -> pd.DataFrame:

@@ -28,8 +28,10 @@ def block_table(site: str, pool: str, m: Marginals, exact: bool) -> pd.DataFrame
     return pd.DataFrame({"site": site, "pool": pool, "code": codes.astype(np.int16), "count": counts})
 
 
-def pool_tables(pool: str, sites: dict[str, SiteStatistics], source: list[str], exact: bool):
-    """Scalars, block marginals and per-sequence amax of one pool."""
+def pool_tables(
+    pool: str, sites: dict[str, SiteStatistics], source: list[str], exact: bool
+) -> dict[str, pd.DataFrame]:
+    """Scalars, block marginals and per-sequence amax of one pool: pools, blocks, sequences."""
     totals = {site: statistics.total for site, statistics in sites.items()}
     pools = pd.DataFrame([
         {"site": k, "pool": pool, "count": t.count, "amax": t.amax, "signal_power": t.signal_power}
@@ -41,7 +43,7 @@ def pool_tables(pool: str, sites: dict[str, SiteStatistics], source: list[str], 
                       "source": source, "amax": s.sequence_amax.numpy()})
         for k, s in sites.items()
     )  # fmt: skip
-    return pools, blocks, sequences
+    return {"pools": pools, "blocks": blocks, "sequences": sequences}
 
 
 def policy_table(calibrated: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:

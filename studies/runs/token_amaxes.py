@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The NVFP4 Calibration Book authors
-"""Which token of each sequence holds a site's largest magnitude, and how far it stands above the rest."""
+"""Which token of a sequence holds a site's largest magnitude, and how far it stands above the rest."""
 
 from __future__ import annotations
 
@@ -25,10 +25,8 @@ class TokenAmaxes:
         rows = torch.arange(len(x), device=x.device)
         channel = x[rows, position].abs().argmax(-1)
         others = amaxes.index_put((rows, position), torch.tensor(-1.0, device=x.device))
-        part = torch.stack(
-            [top, position, channel, others.amax(1), amaxes.median(1).values, amaxes[:, 0]]
-        )
-        self.parts.setdefault(site, []).append(part.double())
+        part = [top, position, channel, others.amax(1), amaxes.median(1).values, amaxes[:, 0]]
+        self.parts.setdefault(site, []).append(torch.stack([v.double() for v in part]))
 
     def table(self, tokens: torch.Tensor, tokenizer) -> pd.DataFrame:
         """One row per site and sequence.
