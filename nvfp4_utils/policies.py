@@ -95,6 +95,29 @@ def headroom(
     return float(np.float32(max(rho * anchor, upper)))
 
 
+def headroom_over_amax(statistics: Statistics) -> float:
+    """Headroom, but never below the amax, so that nothing seen in calibration saturates."""
+    return max(amax(statistics), headroom(statistics))
+
+
+def room(statistics: ActivationStatistics, tolerance: float = 0.01) -> int:
+    """By how many octaves the amax may be raised before its blocks notice.
+
+    As long as block scales are normal, doubling the scale changes no error. The first whole octave whose
+    error under flush, every block weighted alike (``block_snr_db``), exceeds that at the amax by more
+    than the share ``tolerance`` is the first too many; at most 22, where every block is flushed.
+    """
+    scales = input_scale_from_amax(amax(statistics) * 2.0 ** np.arange(23))
+    error = 10 ** (-statistics.block_snr_db(scales) / 10)
+    harmed = error > (1 + tolerance) * error[0]
+    return int(harmed.argmax()) - 1 if harmed.any() else 22
+
+
+def raised(statistics: ActivationStatistics, share: float = 0.5, tolerance: float = 0.01) -> float:
+    """The amax raised by a share of its ``room``: as far from saturation as from underflow at 0.5."""
+    return amax(statistics) * 2.0 ** (share * room(statistics, tolerance))
+
+
 def aligned_headroom(statistics: ActivationStatistics, underflow: Underflow = "flush") -> float:
     """Headroom, moved up within one octave to the scale of lowest MSE on these very statistics.
 
@@ -221,6 +244,19 @@ POLICIES: dict[str, Policy] = {
     **{f"p{p:g}": _percentile_policy(p) for p in (99.0, 99.9, 99.99, 99.999)},
     "headroom": Policy(
         "marginals", "max(16384 p1, p99.99) of the nonzero per-block amaxes: room above.", headroom
+    ),
+    "headroom-amax": Policy(
+        "marginals", "Headroom, but never below the amax: nothing seen saturates.", headroom_over_amax
+    ),
+    "raised": Policy(
+        "joint histogram",
+        "The amax, raised by half of the octaves that no block notices: room on both sides.",
+        raised,
+    ),
+    "raised-all": Policy(
+        "joint histogram",
+        "The amax, raised by all the octaves that no block notices: as much room as there is.",
+        lambda statistics: raised(statistics, 1.0),
     ),
     "constant": Policy("nothing", "2688, so that input_scale = 1.", constant),
     "aligned": Policy(

@@ -22,9 +22,9 @@ from .settings import (
 )
 
 SWEEP = (-4, -3, -2, -1.5, -1, -0.75, -0.5, -0.25, 0, 0.5, *range(1, 19))  # octaves from the amax
-MARGINS = (1, 2, 3, 4, 5, 6, 8)  # octaves that a calibrated amax may be raised by, in advance
-SINGLE = (-4, -3, -2, -1, 0, 4, 8, 10, 12, 14, 16, 18)  # octaves, one site at a time
-FLOORED = ("amax", "p99.99", "headroom", "constant", "mse")
+MARGINS = (1, 2, 3, 4, 6)  # octaves that a calibrated amax may be raised by, in advance
+SINGLE = (-3, -2, -1, -0.5, 0, 4, 8, 10, 12, 14, 16)  # octaves, one site at a time
+FLOORED = ("amax", "headroom", "raised", "constant", "mse")
 KINDS_ALONE = ("amax", "p99.99", "headroom", "x2^-2", "x2^3", "x2^14")
 Calibrations = Mapping[str, Mapping[str, Amaxes]]  # mix -> policy -> site -> calibrated amax
 
@@ -66,7 +66,8 @@ def settings_for(
     found += policy_settings(test, {test: with_margins(own) | dict(halves)}, underflows=("flush",))
     found += policy_settings(test, {test: {p: own[p] for p in FLOORED}}, underflows=("floor",))
     found += [Setting(test, "test", "oracle", u, amaxes=oracle[u]) for u in ("flush", "floor")]
-    left_out = ("constant", FOUR_OVER_SIX)  # the same whatever the text, or another quantizer
+    # The same whatever the text, another quantizer, or far from anything one would deploy.
+    left_out = ("constant", FOUR_OVER_SIX, "p99", "p99.9")
     foreign = {
         mix: {p: amaxes for p, amaxes in with_margins(policies).items() if p not in left_out}
         for mix, policies in calibrations.items()
@@ -82,7 +83,7 @@ def settings_for(
             found += policy_settings(test, {test: one}, underflows=("flush",), only=kind)
         found += [Setting(test, "", NONE, weights="nvfp4", rule=NONE),
                   Setting(test, "test", PER_SEQUENCE, weights="nvfp4", rule=PER_SEQUENCE)]  # fmt: skip
-        both = {policy: own[policy] for policy in ("amax", "headroom", "p99.99", FOUR_OVER_SIX)}
+        both = {policy: own[policy] for policy in ("amax", "headroom", "raised", FOUR_OVER_SIX)}
         found += policy_settings(test, {test: both}, underflows=("flush",), weights="nvfp4")
     return found
 

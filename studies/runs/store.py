@@ -143,7 +143,7 @@ class Run:
         return self._table("sequences", mix)
 
     def tokens(self, mix: str) -> pd.DataFrame:
-        """Each calibration sequence's largest token at each site: see ``TokenAmaxes``. Detailed mixes."""
+        """Each calibration sequence's largest token at each site, of detailed mixes: ``TokenAmaxes``."""
         return self._table("tokens", mix)
 
     def groups(self, mix: str) -> pd.DataFrame:
