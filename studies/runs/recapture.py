@@ -25,14 +25,14 @@ RUNS: dict[str, CaptureSettings] = {
     "smollm2": replace(
         COMMON,
         layouts=(2048, 8192),
-        featured=("layers.11.down_proj_input", "layers.28.down_proj_input", "layers.15.mlp_input"),
+        featured=("layers.11.down_proj_input", "layers.15.mlp_input"),
     ),
     "gemma3": replace(
         COMMON,
         layouts=(2048,),
-        featured=("layers.0.down_proj_input", "layers.2.down_proj_input", "layers.9.mlp_input"),
+        featured=("layers.9.mlp_input",),
     ),
-    "reference": replace(COMMON, windows=2, layouts=(2048,)),
+    "reference": replace(COMMON, windows=1, layouts=(2048,)),
 }
 
 
