@@ -175,8 +175,8 @@ def test_verdicts_follow_the_tables(tables: Any) -> None:
     spiky = block_shapes.Shape(0.1, GAUSSIAN.error)
     text = theory.verdicts(*tables, GAUSSIAN, spiky).split("\n")
     assert text[0] == (
-        "1. *Absolute.* Held: at most 0.30 dB off at the sites after a norm (plateau); 4.0 to 4.0 dB too "
-        "pessimistic at `down_proj`. It did not foresee `o_proj`, off by up to 3.0 dB."
+        "1. *Absolute.* Held: at most 0.30 dB off at the sites after a norm (plateau); 4.0 to 4.0 dB "
+        "too pessimistic at `down_proj`. It did not foresee `o_proj`, off by up to 3.0 dB."
     )
     assert text[1].startswith("2. *Relative.* Wrong: with Gaussian blocks the ends")
     assert "factors of up to 1.15 (left) and 1.87 (right). The shape does matter" in text[1]
