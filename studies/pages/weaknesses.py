@@ -105,8 +105,8 @@ def output_dtype_table(run: Run, mix: str) -> pd.DataFrame:
 def convention_table(run: Run, mix: str) -> pd.DataFrame:
     """Floor minus flush SNR along the stored curves: what the reference path hides.
 
-    Columns: site, at_amax (dB), octaves (above the calibration amax until they are 0.1 dB apart),
-    largest (dB, anywhere on the curve).
+    Columns: site, at_amax (dB), octaves (above the calibration amax until they are 0.1 dB apart, inf if
+    never), largest (dB, anywhere above the amax), largest_octaves (above the amax, where that is).
     """
     rows = []
     for site, curve in run.curves(mix).groupby("site", observed=True, sort=False):
@@ -115,5 +115,6 @@ def convention_table(run: Run, mix: str) -> pd.DataFrame:
         apart = db(curve.mse_flush / curve.mse_floor)
         begins = curve.calibrated_amax[apart > 0.1]
         octaves = np.log2(begins.iloc[0] / amax) if len(begins) else np.inf
-        rows.append((site, apart.iloc[0], octaves, apart.max()))
-    return pd.DataFrame(rows, columns=["site", "at_amax", "octaves", "largest"])
+        most = np.log2(curve.calibrated_amax.loc[apart.idxmax()] / amax)
+        rows.append((site, apart.iloc[0], octaves, apart.max(), most))
+    return pd.DataFrame(rows, columns=["site", "at_amax", "octaves", "largest", "largest_octaves"])
