@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nvfp4_utils import weaknesses
+from studies.pages import weaknesses
 
 
 def run_with(apart: list[float], octaves: list[float]) -> Any:
