@@ -143,10 +143,40 @@ def test_importing_the_helper_is_light() -> None:
 def test_lists_of_policies_and_sites_agree() -> None:
     from nvfp4_utils.hooks import SITES
     from nvfp4_utils.policies import POLICIES
-    from studies.pages import plots
+    from studies.pages import plots, q2_which_policy, snr_tables
 
     assert list(plots.POLICY_STYLE) == list(POLICIES)
-    assert set(plots.KIND_COLORS) == set(SITES)
+    assert list(q2_which_policy.policy_table().index) == list(POLICIES)
+    assert set(snr_tables.NOT_ONE_SCALE) == {n for n, p in POLICIES.items() if not p.one_scale}
+    assert list(plots.KIND_STYLE) == list(plots.KIND_COLORS) == list(SITES)
+
+
+def test_no_kind_of_site_is_left_out_of_a_page() -> None:
+    """Also one that no list knows: a site named by a pattern."""
+    import pandas as pd
+
+    from nvfp4_utils.hooks import SITES
+    from studies.pages import plots, q1_more_calibration
+
+    kinds = [*SITES, "fc1"]
+    columns = ["amax", "snr_db", "snr_low", "snr_high"]
+    one = pd.DataFrame({"n": [1, 2], **dict.fromkeys(columns, 1.0)})
+    sizes = pd.concat([one.assign(site=f"layers.0.{kind}") for kind in kinds])
+    drawn = [ax.get_title() for ax in q1_more_calibration.size_figure(sizes).axes]
+    assert [title for title in drawn if title] == kinds
+    shares = q1_more_calibration.share_figure(q1_more_calibration.share_table(sizes))
+    assert [line.get_label() for line in shares.axes[0].get_lines()] == kinds
+    assert list(q1_more_calibration.kind_table(sizes).index) == kinds
+    assert len({plots.kind_style(kind).marker for kind in kinds}) == len(kinds)
+
+
+def test_colours_mean_policies_only() -> None:
+    from studies.pages import plots
+
+    other = [style.color for style in (*plots.UNDERFLOW_STYLE.values(), *plots.KIND_STYLE.values())]
+    assert all(color[1:3] == color[3:5] == color[5:7] for color in other)  # black to grey
+    colors = [style.color for style in plots.POLICY_STYLE.values()]
+    assert len(set(colors)) == len(colors)
 
 
 def test_touching_a_page_module_reruns_one_notebook(tmp_path: Path) -> None:
@@ -165,6 +195,7 @@ def test_touching_a_page_module_reruns_one_notebook(tmp_path: Path) -> None:
 
     assert rerun("README.md") == set()
     assert rerun("studies/pages/theory.py") == {"theory"}
+    assert rerun("studies/pages/q3_which_dataset.py") == {"q3_which_dataset", "index"}
     assert rerun("studies/pages/plots.py") == {n.stem for n in NOTEBOOKS}
     assert rerun("nvfp4_utils/kernels/joint_table.cu") == {n.stem for n in NOTEBOOKS}
 

@@ -181,7 +181,7 @@ def test_curve_on_its_grid_equals_the_joint_histogram(run):
 
 
 def test_tables_of_the_question_pages(run):
-    sizes = snr_tables.size_curve(run, MIXES[0], run.featured[0], draws=20)
+    sizes = snr_tables.size_curve(run, MIXES[0], run.featured[0])
     assert sizes.n.tolist() == [1, 2, 4, 8]
     assert (sizes.amax.diff().dropna() >= 0).all()
     full = run.marginals(MIXES[0], run.featured[0]).amax

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The NVFP4 Calibration Book authors
-"""The book's three answers, for its first page and the README, computed from stored results.
+"""The first page and the README: the three questions' answers, and what to set in which case.
 
     python -m studies.pages.index
 
@@ -9,217 +9,176 @@ rewrites the results block and the figure of README.md.
 
 from __future__ import annotations
 
-import re
-from functools import lru_cache
-from typing import Any
-
 import matplotlib.pyplot as plt
-import numpy as np
+import pandas as pd
 
 from nvfp4_utils.quantize import UNDERFLOWS
 from studies import ROOT
-from studies.runs import synthetic
 from studies.runs.store import Run
 
-from . import plots, q1_more_calibration, reference_model, regimes, snr_tables
+from . import plots, q1_more_calibration, q2_which_policy, q3_which_dataset, snr_tables
+from .snr_tables import HARM_DB
 
 README = ROOT / "README.md"
 FIGURE = ROOT / "book" / "_static" / "headline.svg"
 MARKERS = "<!-- results: python -m studies.pages.index -->", "<!-- end of results -->"
+QUESTIONS = {
+    "Does more calibration always help?": q1_more_calibration,
+    "Should it always come from amax?": q2_which_policy,
+    "Does the dataset matter?": q3_which_dataset,
+}
+ZOOM_DB = 0.2  # height of the figure's lower panel
+NOT_HERE = "Accuracy on tasks is not measured here."
 
 
-@lru_cache(maxsize=4)
-def numbers(name: str = "") -> dict[str, Any]:
-    """Every number the headline uses, from run ``name`` and the stored synthetic table."""
-    run = Run(name)
+def sentences(run: Run) -> list[str]:
+    """The three answers as their own pages give them, Markdown."""
+    found = {question: page.answer(run) for question, page in QUESTIONS.items()}
+    return [f"**{question} {a.verdict}** {a.text}" for question, a in found.items()]
+
+
+def scope(run: Run) -> str:
+    """What the answers are measured on, and what they are not, Markdown."""
+    return f"Scope: {snr_tables.scope(run)}. {q2_which_policy.published_accuracy()} {NOT_HERE}"
+
+
+def recommendation(run: Run) -> str:
+    """What to set, Markdown: only what the run's own answers support."""
+    size, policy, dataset = (page.answer(run) for page in QUESTIONS.values())
+    if not policy.foreign:
+        return "**One mix cannot tell what to set:** capture a second one, of other text."
+    if max(policy.gap["headroom"], policy.foreign["headroom"]) > HARM_DB:
+        return "**No policy of this run holds on all its text:** calibrate on the text you will serve."
+    first = (
+        "**Set `input_scale` by headroom:** `max(16384 * p1, p99.99) / 2688`, percentiles of the "
+        "nonzero block amaxes (ModelOpt: `nvfp4_act_headroom`)."
+    )
+    if dataset.amax > HARM_DB >= dataset.broad_amax:
+        first += (
+            f" If your tool offers only amax, calibrate on about {size.enough} sequences of mixed text, "
+            "with every language you serve."
+        )
+    if policy.gap["p99.99"] > HARM_DB:
+        first += " Never clip by percentile."
+    return first
+
+
+def decisions(run: Run) -> pd.DataFrame:
+    """What each choice loses in the case it is for: columns set, mean, worst (dB), compared with."""
+    rows: list[tuple] = []
     mix = run.featured_mix
-    sizes = snr_tables.size_curves(run, mix, "flush")
-    eight = sizes[sizes.n == 8].set_index("site").snr_db
-    whole = sizes.groupby("site", sort=False).snr_db.last()
-    gaps = {u: snr_tables.policy_snr(run, mix, u) for u in ("flush", "floor")}
-    mean = {u: g.groupby("policy", observed=True).gap_db.mean() for u, g in gaps.items()}
-    flush = gaps["flush"]
-    foreign = {}
-    for policy in ("amax", "headroom"):
-        for convention in ("flush", "floor"):
-            cross = snr_tables.cross_matrix(run, policy, convention)
-            foreign[policy, convention] = cross[cross.calibration != cross.test].loss_db
-    spike = synthetic.stored_table()
-    spike = spike[spike.distribution == "rare_giant_spike"]
-    head = snr_tables.paired_difference(run, mix, "amax", "headroom", "flush")
-    four = {u: snr_tables.paired_difference(run, mix, "amax", "four-over-six", u) for u in UNDERFLOWS}
-    searched = {u: snr_tables.paired_difference(run, mix, "amax", "mse", u) for u in UNDERFLOWS}
-    harm = q1_more_calibration.harm_table(run, mix, "flush")
-    window = [np.log2(np.divide(*regimes.safe_window(run.marginals(mix, s))[::-1])) for s in run.sites]
-    return {
-        "sites": len(run.sites),
-        "mix": mix,
-        "model": run.model_name,
-        "test": run.test_sequences(mix),
-        "pool": int(sizes.n.max()),
-        "eight_mean": float((eight - whole).mean()),
-        "eight_worst": float((eight - whole).min()),
-        "eight_sites": int((whole - eight > 0.1).sum()),
-        "spike_floor": float(np.ptp(spike.snr_db_floor)),
-        "spike_flush": float(np.ptp(spike.snr_db_flush)),
-        "amax_flush": mean["flush"]["amax"],
-        "amax_floor": mean["floor"]["amax"],
-        "amax_worst": float(flush[flush.policy == "amax"].gap_db.max()),
-        "headroom": mean["flush"]["headroom"],
-        "headroom_gain": head["mean"],
-        "headroom_low": head["low"],
-        "headroom_high": head["high"],
-        "four": min(four[u]["mean"] for u in UNDERFLOWS),
-        "four_sites": min(four[u]["better"] for u in UNDERFLOWS),
-        "searched": max(searched[u]["mean"] for u in UNDERFLOWS),
-        "harm_octaves": float(harm.octaves.min()),
-        "closed": int((np.array(window) < 0).sum()),
-        "p99.99": mean["flush"]["p99.99"],
-        "p99.99_worst": float(flush[flush.policy == "p99.99"].gap_db.max()),
-        "mixes": len(run.mixes),
-        "cross": foreign,
-        "cross_large": float((foreign["amax", "flush"] > 0.1).mean()),
-        "cross_worst": {
-            p: max(foreign[p, u].max() for u in ("flush", "floor")) for p in ("amax", "headroom")
-        },
-    }
+    enough = q1_more_calibration.answer(run).enough
 
+    def add(case: str, choice: str, loss: pd.Series, other: str) -> None:
+        rows.append((case, choice, loss.mean(), loss.max(), other))
 
-def sentences(name: str = "") -> list[str]:
-    """The three answers, one sentence each, simple HTML."""
-    n = numbers(name)
-    worst = n["cross_worst"]
-    if n["mixes"] < 2:
-        outside = third = "this run holds one mix, so it cannot say"
-        verdict = "Unknown"
-    else:
-        outside = (
-            f"calibrated on another dataset, the worst site loses {worst['amax']:.1f} dB with amax and "
-            f"{worst['headroom']:.2f} dB with headroom"
+    if len(run.mixes) > 1:
+        amax, room = (
+            pd.concat([snr_tables.foreign_losses(run, p, u) for u in UNDERFLOWS])
+            for p in ("amax", "headroom")
         )
-        third = (
-            f"over {len(n['cross']['amax', 'flush'])} combinations of site, calibration set and "
-            f"foreign test set, amax loses more than 0.1 dB in {n['cross_large']:.1%}, and up to "
-            f"{worst['amax']:.1f} dB; headroom loses at most {worst['headroom']:.2f} dB in any"
-        )
-        verdict = "At some sites, with amax" if worst["amax"] > 0.1 else "Little"
-        if worst["amax"] > 0.1 > worst["headroom"]:
-            verdict = "With amax, badly at a few sites; with headroom, no"
-    return [
-        "<strong>Does more calibration always help? "
-        f"{'On average no, at a few sites yes' if n['eight_sites'] else 'No'}.</strong> "
-        f"Eight sequences come within {abs(n['eight_mean']):.3f} dB of all {n['pool']} on average "
-        f"over {n['sites']} sites; {n['eight_sites']} sites lose more than 0.1 dB (worst "
-        f"{n['eight_worst']:+.2f} dB). More can also hurt: one freak value in a larger set costs "
-        f"{n['spike_floor']:.1f} dB in the reference path and "
-        f"{n['spike_flush']:.1f} dB in a kernel that flushes.",
-        "<strong>Should it always come from amax? "
-        f"{'No' if worst['amax'] > 0.1 > worst['headroom'] else 'It may'}.</strong> On the "
-        f"distribution it was calibrated on, amax is {n['amax_flush']:.3f} dB (flush) and "
-        f"{n['amax_floor']:.3f} dB (floor) from the oracle on average, worst site "
-        f"{n['amax_worst']:.2f} dB; headroom changes that by {n['headroom_gain']:+.3f} dB "
-        f"[{n['headroom_low']:+.3f}, {n['headroom_high']:+.3f}]; {outside}. Clipping at p99.99 is "
-        f"{n['p99.99']:.2f} dB from the oracle on average, worst site {n['p99.99_worst']:.1f} dB. "
-        f"The best scale that a search finds gains {n['searched']:.3f} dB on amax; another quantizer, "
-        f"four-over-six, gains {n['four']:.2f} dB, under either convention.",
-        f"<strong>Does the dataset matter? {verdict}.</strong> Scored on held-out text, {third}.",
-    ]
+        norm = amax.site.map(snr_tables.site_kind).isin(q3_which_dataset.AFTER_NORM)
+        own = "the text's own calibration"
+        add("text may change", "headroom", room.loss_db, own)
+        add("text may change, only amax", f"amax on {mix}", amax[amax.calibration == mix].loss_db, own)
+        narrow = amax[amax.calibration.str.endswith("-only")]
+        if len(narrow):
+            add("the same, one domain", "amax on one domain", narrow.loss_db, own)
+        add("inputs after a norm", "amax", amax[norm].loss_db, own)
+    add("little text", "headroom, 1 sequence", snr_tables.subset_losses(run, mix, "headroom", 1),
+        "all sequences")  # fmt: skip
+    sizes = snr_tables.size_curves(run, mix)
+    last = sizes.groupby("site", sort=False).snr_db.last()
+    few = last - sizes[sizes.n == enough].set_index("site").snr_db
+    add("only amax", f"amax, {enough} sequences", few, "all sequences")
+    gap = q2_which_policy.gaps(run, mix)["flush"]
+    for case, policy in {
+        "no calibration": "constant",
+        "a scale while it runs": "dynamic",
+        "to clip outliers": "p99.99",
+        "another quantizer": "four-over-six",
+    }.items():
+        if policy in set(gap.policy):
+            add(case, policy, gap[gap.policy == policy].gap_db, "the best single scale")
+    return pd.DataFrame(rows, columns=["your case", "set", "mean loss (dB)", "worst site (dB)",
+                                       "compared with"]).set_index("your case")  # fmt: skip
 
 
-def advice(name: str = "") -> str:
-    """What to set, Markdown, with the numbers that support it."""
-    n = numbers(name)
-    worst = n["cross_worst"]
-    elsewhere = ""
-    if n["mixes"] > 1:
-        elsewhere = (
-            f", and at most {worst['headroom']:.2f} dB lost on any other text, where amax loses up to "
-            f"{worst['amax']:.1f} dB"
-        )
-    points = (
-        "**Use the room above.** Amax sits at the lower end of that window: whatever lies beyond it "
-        "saturates. `headroom` places the scale octaves higher. Measured: "
-        f"{n['headroom_gain']:+.3f} dB on the text it was calibrated on{elsewhere}.",
-        f"**Do not fear the upper end.** At {n['closed']} of {n['sites']} sites some nearly empty block "
-        "closes the window, but the first measurable harm (0.1 dB) begins "
-        f"{n['harm_octaves']:.1f} octaves above the amax or later. Look at "
-        "`block_amax_percentile(1, above=0)`, not at the smallest block.",
-        "**If you must use amax,** calibrate on many sequences of the text you will serve, attention "
-        "outputs (`o_proj_input`) above all: with eight sequences the worst site loses "
-        f"{-n['eight_worst']:.1f} dB. Look for freak values: a kernel flushes everything far below "
-        "them.",
-        f"**Do not clip by element percentile:** p99.99 loses up to {n['p99.99_worst']:.1f} dB.",
-        f"**To gain more than {n['searched']:.2f} dB, change the quantizer, not the scale:** "
-        f"four-over-six gains {n['four']:.2f} dB on average, at {n['four_sites']} of {n['sites']} "
-        "sites.",
-    )
-    return "\n".join(f"- {point}" for point in points)
-
-
-def scope(name: str = "") -> str:
-    """What the numbers are measured on."""
-    n = numbers(name)
-    about = ""
-    if Run(name).info["model"] == str(reference_model.MODEL.relative_to(ROOT)):
-        size = reference_model.read_json("training.json")["parameters"] / 1e6
-        about = f" ({size:.1f}M parameters, Qwen3.5 architecture, trained for this book)"
+def room(run: Run) -> str:
+    """How far a scale may be too large, two sentences, Markdown."""
+    harm = q1_more_calibration.harm_table(run, run.featured_mix, "flush")
     return (
-        f"Scope: {n['sites']} sites (every linear layer's input) of the {n['model']}{about}, "
-        f"mix {n['mix']}, "
-        f"{n['test']} test sequences of 512 tokens, float32 output; the spike is synthetic, N(0, 1). "
-        "Accuracy on tasks and models of "
-        "billions of parameters are not measured here."
+        f"A scale may be {2 ** harm.octaves.min():,.0f} times the amax's before it costs {HARM_DB} dB "
+        f"at any site. Headroom ends at least {harm.headroom_octaves.min():.1f} octaves below its own "
+        "site's first harm."
     )
 
 
-def figure(name: str = "") -> tuple[plt.Figure, str, str]:
-    """SNR against calibrated amax at one site, with every policy's place: figure, caption, alt."""
-    run = Run(name)
-    site, mix = run.featured[-1], run.featured_mix
-    curve = run.curve(mix, site)
-    power = run.marginals(mix, site, "test").signal_power
-    fig, ax = plt.subplots(figsize=(7.2, 3.8))
+def figure(run: Run) -> tuple[plt.Figure, str, str]:
+    """SNR against calibrated amax where a foreign calibration hurts most: figure, caption, alt."""
+    site, bad, test = run.featured[-1], "", run.featured_mix
+    foreign = snr_tables.foreign_losses(run, "amax")
+    if len(foreign):
+        site, bad, test = foreign.loc[foreign.loss_db.idxmax(), ["site", "calibration", "test"]]
+    curve = run.curve(test, site)
+    grid = curve.calibrated_amax.to_numpy()
+    landed = {name: snr_tables.policy_snr(run, test, "flush", name) for name in run.mixes}
+    landed = {name: t[t.site == site].set_index("policy") for name, t in landed.items()}
+    best = landed[test].snr_db["oracle"]
+    # policy, calibration, how its marker is filled, and its size: some lie on one another
+    marks = [("amax", test, "full", 6)]
+    if run.featured_mix not in (test, bad):
+        marks.append(("amax", run.featured_mix, "none", 11))
+    if bad:
+        marks.append(("amax", bad, "left", 8))
+    marks.append(("headroom", bad or test, "full", 8))
+    fig, axes = plt.subplots(2, 1, figsize=(7.2, 5.4), sharex=True, height_ratios=[3, 2])
     for convention, style in plots.UNDERFLOW_STYLE.items():
-        snr = snr_tables.db(power / curve[f"mse_{convention}"])
-        ax.plot(curve.calibrated_amax, snr, color=style.color, ls=style.linestyle, lw=1.2,
-                label=style.label)  # fmt: skip
-    landed = regimes.policies_at(run, mix, site, "flush")
-    for row in landed.itertuples():
-        style = plots.POLICY_STYLE[row.policy]
-        ax.plot(row.calibrated_amax, row.snr_db, style.marker, color=style.color, ms=7, mec="k",
-                mew=0.5, ls="", label=style.label)  # fmt: skip
-    ax.set_xscale("log", base=2)
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("calibrated amax = 2688 x input_scale (log2 axis)")
-    ax.set_ylabel("test SNR (dB)")
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    by_policy = landed.set_index("policy").snr_db
+        snr = snr_tables.curve_snr(run, test, site, convention, grid)
+        for ax, values in zip(axes, (snr, best - snr), strict=True):
+            ax.plot(grid, values, color=style.color, ls=style.linestyle, lw=1.2, label=style.label)
+    for policy, source, fill, size in marks:
+        style, at = plots.POLICY_STYLE[policy], landed[source].loc[policy]
+        for ax, value in zip(axes, (at.snr_db, best - at.snr_db), strict=True):
+            ax.plot(at.calibrated_amax, value, style.marker, color=style.color, ms=size, fillstyle=fill,
+                    ls="", label=f"{style.label} of {source}")  # fmt: skip
+    axes[0].set(xscale="log", ylim=(0, None), ylabel="test SNR (dB)")
+    axes[0].set_xscale("log", base=2)
+    axes[0].legend(fontsize=8, loc="lower center")
+    axes[1].set(ylim=(ZOOM_DB, -0.02), ylabel="dB below the best scale")
+    axes[1].set_xlabel("calibrated amax = 2688 x input_scale (log2 axis)")
+    lost = {source: best - landed[source].snr_db for source in (test, bad) if source}
+    fails = ""
+    if bad:
+        fails = f", calibrated on {bad} it is {lost[bad]['amax']:.1f} dB below the best scale"
+    held = lost[bad or test]["headroom"]
     caption = (
-        f"<strong>A plateau many octaves wide: amax reaches {by_policy['amax']:.2f} dB of the oracle's "
-        f"{by_policy['oracle']:.2f} dB, clipping at p99.9 {by_policy['p99.9']:.2f} dB.</strong> {site}, "
-        f"{mix}, {run.test_sequences(mix)} test sequences; lines are exact, not fitted."
+        f"<strong>The plateau is many octaves wide and amax sits at its edge{fails}; headroom is "
+        f"{held:.2f} dB below.</strong> {site}, {run.test_sequences(test)} test sequences of {test}; "
+        f"lower panel: the last {ZOOM_DB} dB. Lines are exact, not fitted."
     )
     alt = (
         "SNR rises steeply with the calibrated amax, stays flat over many octaves, and falls where "
-        f"block scales underflow; amax lies on the plateau at {by_policy['amax']:.1f} dB, the lower "
-        "percentiles on the rising edge."
+        f"block scales underflow; amax lies at the left edge of the plateau{fails}, "
+        "headroom far inside it."
     )
     return fig, caption, alt
 
 
-def readme_block(name: str = "") -> str:
+def readme_block(run: Run) -> str:
     """The results block of README.md, Markdown."""
-    lines = [re.sub(r"</?strong>", "**", s) for s in sentences(name)]
-    return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1)) + f"\n\n{scope(name)}"
+    numbered = [f"{i}. {line}" for i, line in enumerate(sentences(run), 1)]
+    return "\n".join([recommendation(run), "", *numbered, "", scope(run)])
 
 
 def main() -> None:
     plots.use_style()
+    run = Run()
     begin, end = MARKERS
     before, rest = README.read_text().split(begin)
     after = rest.split(end)[1]
-    README.write_text(f"{before}{begin}\n{readme_block()}\n{end}{after}")
-    fig, _, _ = figure()
+    README.write_text(f"{before}{begin}\n{readme_block(run)}\n{end}{after}")
+    fig, _, _ = figure(run)
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(FIGURE, metadata={"Date": None})
 

@@ -9,7 +9,7 @@ import html
 import io
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +18,7 @@ import pandas as pd
 
 @dataclass(frozen=True)
 class Style:
-    """Colour (Okabe-Ito), marker and line style of one policy, the same on every page."""
+    """Colour, marker and line style, the same on every page."""
 
     label: str
     color: str
@@ -26,9 +26,10 @@ class Style:
     linestyle: str = "-"
 
 
+# Colours mean policies and nothing else: Okabe and Ito's, and where those end, Tol's.
 POLICY_STYLE = {
     "amax": Style("amax", "#0072B2", "o"),
-    "p99": Style("p99", "#F0E442", "v", ":"),
+    "p99": Style("p99", "#882255", "v", ":"),
     "p99.9": Style("p99.9", "#E69F00", "^", ":"),
     "p99.99": Style("p99.99", "#D55E00", "<", "--"),
     "p99.999": Style("p99.999", "#CC79A7", ">", "--"),
@@ -44,11 +45,17 @@ POLICY_STYLE = {
     "oracle": Style("oracle", "#000000", "*"),
 }
 UNDERFLOW_STYLE = {
-    "flush": Style("flush (kernels)", "#D55E00", "o"),
-    "floor": Style("floor (reference)", "#0072B2", "s", "--"),
+    "flush": Style("flush (kernels)", "#000000", "o"),
+    "floor": Style("floor (reference)", "#777777", "s", "--"),
 }
-KIND_COLORS = {"attention_input": "#0072B2", "o_proj_input": "#009E73", "mlp_input": "#D55E00",
-               "down_proj_input": "#CC79A7"}  # fmt: skip
+KIND_STYLE = {
+    "attention_input": Style("attention_input", "#000000", "o"),
+    "o_proj_input": Style("o_proj_input", "#444444", "^", "--"),
+    "mlp_input": Style("mlp_input", "#707070", "s", "-."),
+    "down_proj_input": Style("down_proj_input", "#949494", "D", ":"),
+}
+KIND_COLORS = {kind: style.color for kind, style in KIND_STYLE.items()}
+OTHER_KIND = Style("other", "#b0b0b0", "x")  # of a site that is named by a pattern
 REGIME_COLORS = {"saturated": "#f6d5c3", "normal": "#ffffff", "subnormal": "#dbe9f4",
                  "underflow": "#d9d9d9"}  # fmt: skip
 
@@ -61,7 +68,7 @@ def _display(kind: str, text: str) -> None:
 
 
 def use_style() -> None:
-    """Set the book's matplotlib style; deterministic SVG ids, text kept as text."""
+    """Set the book's matplotlib style; deterministic SVG ids, text drawn as paths."""
     plt.rcParams.update(
         {
             "figure.figsize": (7.2, 4.0),
@@ -141,6 +148,11 @@ def label_lines(ax: plt.Axes, *, pad: float = 4) -> None:
         shift = (pixel - ax.transData.transform((x, y))[1]) * 72 / ax.figure.dpi
         ax.annotate(line.get_label(), (x, y), xytext=(pad, shift), textcoords="offset points",
                     color=line.get_color(), va="center", fontsize=9, annotation_clip=False)  # fmt: skip
+
+
+def kind_style(kind: str) -> Style:
+    """The style of a kind of site, also of one that is named by a pattern."""
+    return KIND_STYLE.get(kind, replace(OTHER_KIND, label=kind))
 
 
 def policy_line(ax: plt.Axes, policy: str, x, y, **kwargs):

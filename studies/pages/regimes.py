@@ -219,7 +219,7 @@ def draw_site(
     values, counts = nonzero_blocks(marginals)
     edges, share = octave_histogram(values, counts)
     bottom.bar(2.0**edges, 100 * share, width=2.0**edges * (2 ** (1 / BINS_AN_OCTAVE) - 1),
-               align="edge", color="#0072B2", zorder=2)  # fmt: skip
+               align="edge", color="#777777", zorder=2)  # fmt: skip
     bottom.set_xscale("log", base=2)
     bottom.set_xlim(values[0] / 8, max(values[-1], calibrated_amax / 2) * 4)
     bottom.set_ylim(top=1.6 * 100 * share.max())

@@ -8,18 +8,22 @@ policies are paired, as both score the same groups.
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 
 import numpy as np
 import pandas as pd
+from scipy.special import gammaln
 
+from nvfp4_utils.policies import POLICIES
+from studies import ROOT
 from studies.runs.scoring import resamples
 from studies.runs.store import Run
 
-# Policies that are not one scale for the plain quantizer: dynamic has a scale a sequence, Four Over Six
-# chooses between two block scales. They lie on no curve, and may beat the oracle of one scale.
-NOT_ONE_SCALE = ("dynamic", "four-over-six")
-KINDS = ("attention_input", "o_proj_input", "mlp_input", "down_proj_input")
+# Policies that are not one scale for the plain quantizer: dynamic has a scale per sequence, Four Over
+# Six chooses between two block scales. They lie on no curve, and may beat the oracle of one scale.
+NOT_ONE_SCALE = tuple(name for name, policy in POLICIES.items() if not policy.one_scale)
+HARM_DB = 0.1  # the loss from which on the pages speak of one
 
 
 def db(ratio):
@@ -31,6 +35,26 @@ def db(ratio):
 def site_kind(site: str) -> str:
     """``layers.3.mlp_input`` -> ``mlp_input``."""
     return site.rsplit(".", 1)[-1]
+
+
+def scored_policies(run: Run, mix: str) -> list[str]:
+    """The policies that a run scored on ``mix``, in the order of ``POLICIES``, without the oracle."""
+    scored = set(run.errors(mix).policy)
+    return [name for name in POLICIES if name in scored and name != "oracle"]
+
+
+def scope(run: Run, mix: str = "") -> str:
+    """What a page's numbers are measured on: model, sites, text, output."""
+    mix = mix or run.featured_mix
+    trained = ROOT / run.info["model"] / "training.json"
+    about = ""
+    if trained.is_file():
+        size = json.loads(trained.read_text())["parameters"] / 1e6
+        about = f" ({size:.1f}M parameters, trained for this book)"
+    return (
+        f"{len(run.sites)} sites of the {run.model_name}{about}, mix {mix}, {run.test_sequences(mix)} "
+        f"test sequences of {run.info['texts'][mix]['length']} tokens, float32 output"
+    )
 
 
 @lru_cache(maxsize=32)
@@ -102,22 +126,51 @@ def sequence_amaxes(run: Run, mix: str, site: str) -> np.ndarray:
     return table.sort_values("sequence").amax.to_numpy()
 
 
-def size_curve(
-    run: Run, mix: str, site: str, underflow: str = "flush", *, draws: int = 500, seed: int = 0
-) -> pd.DataFrame:
-    """Amax calibration on random subsets of 1, 2, 4 ... sequences: columns n, amax, snr_db and
-    their 5 % and 95 % quantiles over independent draws."""
-    amax = sequence_amaxes(run, mix, site)
-    generator = np.random.default_rng(seed)
-    sizes = [2**k for k in range(int(np.log2(len(amax))) + 1)]
-    if sizes[-1] != len(amax):
-        sizes.append(len(amax))
+def subset_maximum(values: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The law of the largest of ``n`` values drawn without replacement: ascending values, weights.
+
+    The i-th smallest of N is the largest of C(i - 1, n - 1) of the C(N, n) subsets.
+
+    Raises
+    ------
+    ValueError
+        If ``n`` is not between 1 and the number of values.
+    """
+    total = len(values)
+    if not 1 <= n <= total:
+        raise ValueError(f"n is {n}; expected a subset's size between 1 and {total}.")
+
+    def log_choose(a, b):
+        return gammaln(a + 1) - gammaln(b + 1) - gammaln(a - b + 1)
+
+    i = np.arange(n, total + 1)
+    weights = np.zeros(total)
+    weights[n - 1 :] = np.exp(log_choose(i - 1, n - 1) - log_choose(total, n))
+    return np.sort(values), weights / weights.sum()
+
+
+def weighted_quantiles(values: np.ndarray, weights: np.ndarray, shares) -> np.ndarray:
+    """The smallest values at or below which lie at least ``shares`` of the weight."""
+    order = np.argsort(values, kind="stable")
+    cumulated = np.cumsum(weights[order])
+    at = np.searchsorted(cumulated, np.asarray(shares) - 1e-9)
+    return values[order][np.minimum(at, len(values) - 1)]
+
+
+def size_curve(run: Run, mix: str, site: str, underflow: str = "flush") -> pd.DataFrame:
+    """Amax calibration on a random subset of 1, 2, 4 ... sequences, exactly: over all subsets.
+
+    Columns: n, amax (median), snr_db (mean), and the 5 % and 95 % quantiles of both.
+    """
+    amaxes = np.sort(sequence_amaxes(run, mix, site))
+    snr = curve_snr(run, mix, site, underflow, amaxes)
+    sizes = [2**k for k in range(int(np.log2(len(amaxes))) + 1)]
     rows = []
-    for n in sizes:
-        found = np.array([generator.choice(amax, n, replace=False).max() for _ in range(draws)])
-        snr = curve_snr(run, mix, site, underflow, found)
-        rows.append((n, np.median(found), *np.quantile(found, (0.05, 0.95)), snr.mean(),
-                     *np.quantile(snr, (0.05, 0.95))))  # fmt: skip
+    for n in dict.fromkeys([*sizes, len(amaxes)]):
+        _, weights = subset_maximum(amaxes, n)
+        low, median, high = weighted_quantiles(amaxes, weights, (0.05, 0.5, 0.95))
+        rows.append((n, median, low, high, weights @ snr,
+                     *weighted_quantiles(snr, weights, (0.05, 0.95))))  # fmt: skip
     return pd.DataFrame(rows, columns=["n", "amax", "amax_low", "amax_high", "snr_db", "snr_low",
                                        "snr_high"])  # fmt: skip
 
@@ -155,6 +208,12 @@ def cross_matrix(run: Run, policy: str = "amax", underflow: str = "flush") -> pd
     return pd.DataFrame(rows, columns=["site", "calibration", "test", "loss_db", "low", "high"])
 
 
+def foreign_losses(run: Run, policy: str = "amax", underflow: str = "flush") -> pd.DataFrame:
+    """``cross_matrix`` without the own calibrations; empty where a run holds one mix."""
+    cross = cross_matrix(run, policy, underflow)
+    return cross[cross.calibration != cross.test]
+
+
 def cross_mean(run: Run, policy: str = "amax", underflow: str = "flush") -> pd.DataFrame:
     """``cross_matrix`` averaged over sites, with the interval of that mean: calibration, test, ..."""
     rows = []
@@ -166,44 +225,23 @@ def cross_mean(run: Run, policy: str = "amax", underflow: str = "flush") -> pd.D
     return pd.DataFrame(rows, columns=["calibration", "test", "loss_db", "low", "high"])
 
 
-def subset_loss(run: Run, mix: str, n: int, underflow: str) -> float:
-    """Worst site's SNR loss (dB) of amax from about ``n`` sequences of ``mix`` against its whole pool.
+def subset_losses(run: Run, mix: str, policy: str, n: int, underflow: str = "flush") -> pd.Series:
+    """Each site's SNR loss (dB) of ``policy`` from about ``n`` sequences of ``mix`` against all of them.
 
-    Of the stored subsets, the size nearest to ``n``; mean over its draws.
+    Of the stored subsets, the size nearest to ``n``; mean error over its draws.
     """
     table = run.subsets(mix)
-    table = table[table.policy == "amax"]
+    table = table[table.policy == policy]
     sizes = table.n.unique()
     mse = table.groupby(["site", "n"], observed=True)[f"mse_{underflow}"].mean().unstack()
     nearest = sizes[np.abs(np.log(sizes / n)).argmin()]
-    return float(db(mse[nearest] / mse[sizes.max()]).max())
+    return db(mse[nearest] / mse[sizes.max()])
 
 
-def size_curves(run: Run, mix: str, underflow: str = "flush", *, draws: int = 500) -> pd.DataFrame:
+def size_curves(run: Run, mix: str, underflow: str = "flush") -> pd.DataFrame:
     """``size_curve`` of every site, with a column site."""
-    curves = [size_curve(run, mix, s, underflow, draws=draws).assign(site=s) for s in run.sites]
+    curves = [size_curve(run, mix, site, underflow).assign(site=site) for site in run.sites]
     return pd.concat(curves, ignore_index=True)
-
-
-def largest_change(sizes: pd.DataFrame) -> float:
-    """Largest distance of a size's mean SNR from the whole pool's, over sites, dB."""
-    last = sizes.groupby("site", sort=False).snr_db.transform("last")
-    return float((sizes.snr_db - last).abs().max())
-
-
-def sequences_needed(run: Run, mix: str, share: float = 0.9) -> dict[str, float]:
-    """Expected number of sequences until the amax reaches ``share`` of the pool's: over sites.
-
-    With ``k`` of ``N`` sequences at or above the target, a random order meets the first after
-    ``(N + 1) / (k + 1)`` on average.
-    """
-    table = run.sequences(mix)
-    table = table[table.pool == "calibration"]
-    needed = []
-    for _, amax in table.groupby("site", observed=True).amax:
-        reach = int((amax >= share * amax.max()).sum())
-        needed.append((len(amax) + 1) / (reach + 1))
-    return {"median": float(np.median(needed)), "max": float(np.max(needed))}
 
 
 def paired_difference(run: Run, mix: str, base: str, policy: str, underflow: str) -> dict[str, float]:
