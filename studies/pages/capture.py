@@ -41,8 +41,8 @@ def answer(table: pd.DataFrame, scope: str) -> str:
         else ""
     )
     return (
-        f"<strong>{verdict}: at {len(safe)} of {len(table)} sites one amax keeps every block of the tensor "
-        f"in the normal range of its scale{spare}.</strong>{rest} Scope: {scope}."
+        f"<strong>{verdict}: at {len(safe)} of {len(table)} sites one amax keeps every block of the "
+        f"tensor in the normal range of its scale{spare}.</strong>{rest} Scope: {scope}."
     )
 
 
@@ -51,9 +51,9 @@ def range_prose(table: pd.DataFrame, calibration: int) -> str:
     room = table[ROOM]
     widest = f" The widest room is {room.max():.1f} octaves." if (room >= 0).any() else ""
     return (
-        f"Of these {calibration} sequences the largest magnitude of a site runs from {table.amax.min():.3g} "
-        f"to {table.amax.max():.3g} across layers and sites.{widest} An outlier that these tokens do not "
-        "meet would change the answer."
+        f"Of these {calibration} sequences the largest magnitude of a site runs from "
+        f"{table.amax.min():.3g} to {table.amax.max():.3g} across layers and sites.{widest} An outlier "
+        "that these tokens do not meet would change the answer."
     )
 
 
@@ -99,8 +99,8 @@ def reconciliation(table: pd.DataFrame) -> str:
     rooms = ", ".join(f"{v:.1f} octaves at {k}" for k, v in kinds[ROOM].min().items())
     tails = ", ".join(f"{v:.2f} at {k}" for k, v in kinds["p99.99 / amax"].median().items())
     return (
-        f"Beside the prediction: the narrowest room by site kind is {rooms}; the median over layers of the "
-        f"99.99th percentile, as a share of the amax, is {tails}."
+        f"Beside the prediction: the narrowest room by site kind is {rooms}; the median over layers of "
+        f"the 99.99th percentile, as a share of the amax, is {tails}."
     )
 
 
@@ -110,6 +110,6 @@ def uneven_prose(found: Mapping[str, SiteStatistics], calibration: int) -> str:
     ratio = {site: float(a.max() / a.quantile(0.5)) for site, a in amaxes.items()}
     site = max(ratio, key=ratio.__getitem__)
     return (
-        f"At {site}, where sequences differ most, the amax of all {calibration} is {ratio[site]:.1f} times "
-        f"that of the median sequence, {np.log2(ratio[site]):.1f} octaves."
+        f"At {site}, where sequences differ most, the amax of all {calibration} is {ratio[site]:.1f} "
+        f"times that of the median sequence, {np.log2(ratio[site]):.1f} octaves."
     )

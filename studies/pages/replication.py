@@ -291,8 +291,8 @@ def answer(rows: pd.DataFrame) -> str:
     differ = f" {len(checked) - reproduced} differ: {', '.join(apart)}." if apart else ""
     rest = len(rows) - len(checked)
     return (
-        f"<strong>Where they can be checked, {word}: {reproduced} of {len(checked)} numbers are reproduced."
-        f"</strong>{differ} The other {rest} published numbers cannot be checked here."
+        f"<strong>Where they can be checked, {word}: {reproduced} of {len(checked)} numbers are "
+        f"reproduced.</strong>{differ} The other {rest} published numbers cannot be checked here."
     )
 
 
@@ -302,11 +302,11 @@ def unchecked_prose(rows: pd.DataFrame) -> str:
     channels, hardware = (int((parts == p).sum()) for p in ("per_channel_outlier", "timings"))
     model = len(parts) - channels - hardware
     return (
-        f"Of {len(rows)} published numbers {len(parts)} are not comparable: {model} belong to models and "
-        "datasets that are not to be had here (they stand beside the reference model's, never blended "
-        f"with it), {channels} to outlier channels that the study does not name, and {hardware} are wall "
-        "clock and storage. What would change this: the study's random streams, its ten outlier "
-        "channels, or its model."
+        f"Of {len(rows)} published numbers {len(parts)} are not comparable: {model} belong to models "
+        "and datasets that are not to be had here (they stand beside the reference model's, never "
+        f"blended with it), {channels} to outlier channels that the study does not name, and {hardware} "
+        "are wall clock and storage. What would change this: the study's random streams, its ten "
+        "outlier channels, or its model."
     )
 
 
@@ -345,9 +345,10 @@ def unexplained_prose(rows: pd.DataFrame, seeds: int) -> str:
     for row in spiked.itertuples():
         elements = int(re.sub(r"\D", "", str(row.quantity)))
         text += (
-            f" A spike case that is as bad at {elements:,} elements as at the end needs a spike in every "
-            f"seed's sample, which happens with probability {spike_probability(elements, seeds):.0%}: the "
-            "study's draw was unusual, or its seeds were not."
+            f" A spike case that is as bad at {elements:,} elements as at the end needs a spike in "
+            "every seed's sample, which happens with probability "
+            f"{spike_probability(elements, seeds):.0%}: the study's draw was unusual, or its seeds were "
+            "not."
         )
     return text
 

@@ -31,10 +31,10 @@ def answer(study: pd.DataFrame, spike: dict[str, float], tolerance: float) -> st
     word = "All" if share == 1 else "Mostly" if share > 0.5 else "Seldom"
     return (
         f"<strong>{word} what the study published: {large.reproduced.sum()} of {len(large)} cells from "
-        f"2<sup>{LARGE.bit_length() - 1}</sup> calibration elements on lie within {tolerance} dB.</strong> "
-        f"One freak value in the calibration costs {spike['floor']:.1f} dB under the floor "
-        f"convention the study used, {spike['flush']:.1f} dB under flush, which is what inference kernels "
-        "do."
+        f"2<sup>{LARGE.bit_length() - 1}</sup> calibration elements on lie within {tolerance} "
+        f"dB.</strong> One freak value in the calibration costs {spike['floor']:.1f} dB under the floor "
+        f"convention the study used, {spike['flush']:.1f} dB under flush, which is what inference "
+        "kernels do."
     )
 
 
@@ -42,8 +42,8 @@ def cells_prose(study: pd.DataFrame) -> str:
     """The numbers behind the answer, Markdown."""
     last = study[study.distribution == "rare_giant_spike"].sort_values("n").iloc[-1]
     return (
-        f"Of all {len(study)} cells, small samples included, {study.reproduced.sum()} are reproduced. The "
-        f"spike case at {last.n:,} elements: {last.published_db:.2f} dB published, "
+        f"Of all {len(study)} cells, small samples included, {study.reproduced.sum()} are reproduced. "
+        f"The spike case at {last.n:,} elements: {last.published_db:.2f} dB published, "
         f"{last.snr_db_floor:.2f} dB here under floor and {last.snr_db_flush:.2f} dB under flush. Small "
         "calibration samples differ because the amax of a few thousand heavy-tailed draws differs "
         "between random streams, not because the arithmetic does."
@@ -105,8 +105,8 @@ def gain_prose(gain: pd.Series) -> str:
         )
     name, n = gain.idxmax()
     return (
-        f"<strong>A percentile beats amax by more than 0.1 dB in {(gain > 0.1).sum()} of {len(gain)} cells, "
-        f"most ({gain.max():.1f} dB) for {name} at {n:,} elements.</strong>"
+        f"<strong>A percentile beats amax by more than 0.1 dB in {(gain > 0.1).sum()} of {len(gain)} "
+        f"cells, most ({gain.max():.1f} dB) for {name} at {n:,} elements.</strong>"
     )
 
 

@@ -92,8 +92,8 @@ def flip_prose(flips: float) -> str:
     """The finding of ``draw_gains``, simple HTML."""
     luck = "nearly at random" if flips >= COIN else "as the pool says, mostly"
     return (
-        f"<strong>On one tensor, headroom beats or loses to amax {luck}: {flips:.0%} of tensors show the "
-        "sign that the pool does not.</strong>"
+        f"<strong>On one tensor, headroom beats or loses to amax {luck}: {flips:.0%} of tensors show "
+        "the sign that the pool does not.</strong>"
     )
 
 
@@ -120,7 +120,7 @@ def tensor_snr(run: Run, mix: str, policy: str, underflow: str) -> pd.DataFrame:
 
 
 def draw_levels(snr: pd.DataFrame, sites: list[str]) -> plt.Figure:
-    """``tensor_snr`` at sites in this order: 95 % of single tensors as a bar in its kind's colour, the pool as a dash."""
+    """``tensor_snr`` at sites, in this order: 95 % of single tensors as a bar, the pool as a dash."""
     by_site = snr.groupby("site", observed=True, sort=False)
     table = by_site.snr_db.quantile([0.025, 0.975]).unstack().set_axis(["low", "high"], axis=1)
     table = table.assign(pool=by_site.pool_db.first()).loc[sites].assign(at=range(len(sites)))
@@ -188,11 +188,12 @@ def answer(foreign: pd.Series, flips: float, scope: str) -> str:
     if np.isnan(every):
         verdict = "One mix cannot say whether its sites decided its third answer"
     else:
-        where += f" a foreign calibration costs at most {two:.3f} dB, over all sites {every:.1f} dB. At those two"
+        where += f" a foreign calibration costs at most {two:.3f} dB, over all sites {every:.1f} dB. "
+        where += "At those two"
     second = "could not decide" if flips >= COIN else "was enough to decide"
     return (
-        f"<strong>{verdict}; its test tensor {second} its second.</strong> {where}, {flips:.0%} of single "
-        "test tensors rank amax and headroom the other way round than all of them together do. "
+        f"<strong>{verdict}; its test tensor {second} its second.</strong> {where}, {flips:.0%} of "
+        "single test tensors rank amax and headroom the other way round than all of them together do. "
         f"Scope: {scope}."
     )
 
@@ -240,9 +241,9 @@ def split_prose(split: pd.DataFrame) -> str:
     loss = split.all_db - split.first_db
     beyond = int((split.first_db < split.low - 1e-9).sum())
     return (
-        f"Leaving the other splits out costs up to {loss.max():.2f} dB (mean {loss.mean():.4f} dB). Part "
-        f"of that is only the smaller number of sequences: at {beyond} of {len(split)} sites the loss is "
-        "beyond what 95 % of equally many sequences from all splits lose."
+        f"Leaving the other splits out costs up to {loss.max():.2f} dB (mean {loss.mean():.4f} dB). "
+        f"Part of that is only the smaller number of sequences: at {beyond} of {len(split)} sites the "
+        "loss is beyond what 95 % of equally many sequences from all splits lose."
     )
 
 
@@ -331,9 +332,9 @@ def convention_prose(convention: pd.DataFrame, spike: dict[str, float]) -> str:
     text = f"Floor and flush differ by at most {apart:.1e} dB at an amax calibration"
     if np.isfinite(first.octaves):
         text += (
-            f". They first differ by 0.1 dB {first.octaves:.1f} octaves above the amax (at `{first.site}`), "
-            f"and by up to {most.largest:.1f} dB {most.largest_octaves:.1f} octaves above it (at "
-            f"`{most.site}`)"
+            f". They first differ by 0.1 dB {first.octaves:.1f} octaves above the amax (at "
+            f"`{first.site}`), and by up to {most.largest:.1f} dB {most.largest_octaves:.1f} octaves "
+            f"above it (at `{most.site}`)"
         )
     near = "On these activations no amax calibration comes near. " if apart < HARM_DB else ""
     return (
