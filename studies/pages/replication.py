@@ -311,7 +311,7 @@ def unchecked_prose(rows: pd.DataFrame) -> str:
 
 
 def draw_synthetic(study: pd.DataFrame, others: pd.DataFrame) -> plt.Figure:
-    """Published and our SNR against calibration size over the range of other seeds, a panel a law."""
+    """Published and our SNR against calibration size over the range of other seeds, a panel per law."""
     with plt.rc_context({"figure.constrained_layout.use": False}):  # the grid lays itself out
         grid = sns.FacetGrid(study, col="distribution", col_wrap=4, height=2.4, sharey=False)
         for name, ax in grid.axes_dict.items():

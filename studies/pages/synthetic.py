@@ -77,7 +77,7 @@ def oracle_table(study: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_differences(study: pd.DataFrame, tolerance: float) -> plt.Figure:
-    """Ours minus published against calibration size, a line a distribution."""
+    """Ours minus published against calibration size, a line per distribution."""
     fig, ax = plt.subplots(figsize=(7.2, 4))
     sns.lineplot(study, x="n", y="difference", hue="distribution", ax=ax, marker="o",
                  palette=sns.color_palette("colorblind", study.distribution.nunique()))  # fmt: skip
@@ -111,7 +111,7 @@ def gain_prose(gain: pd.Series) -> str:
 
 
 def draw_percentiles(everything: pd.DataFrame) -> plt.Figure:
-    """Flush SNR against calibration size, a panel a distribution and a line a policy; dotted: oracle."""
+    """Flush SNR against calibration size, a panel per distribution, a line per policy; dotted: oracle."""
     with plt.rc_context({"figure.constrained_layout.use": False}):  # the grid lays itself out
         grid = sns.FacetGrid(everything, col="distribution", col_wrap=4, height=2.4, sharey=False)
         for name, ax in grid.axes_dict.items():

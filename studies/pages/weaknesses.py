@@ -63,7 +63,7 @@ def tensor_gains(run: Run, mix: str, underflow: str) -> pd.DataFrame:
 
 
 def gain_table(gains: pd.DataFrame) -> pd.DataFrame:
-    """``tensor_gains`` over its sites, a row a policy."""
+    """``tensor_gains`` over its sites, a row per policy."""
     by_policy = gains.assign(size=gains.pool.abs()).groupby("policy", sort=False)
     return pd.DataFrame({
         "pool, mean over sites (dB)": by_policy.pool.mean(),
