@@ -50,7 +50,8 @@ def sweep(statistics: ActivationStatistics, overshoot: float) -> Sweep:
     low, high = regimes.safe_window(statistics.marginals)
     amaxes = low * 2.0 ** np.arange(-4, 25, 1 / 32)
     half, right = statistics.snr_db(input_scale_from_amax(np.array([low / 2, low])))
-    wrong = {u: statistics.snr_db(input_scale_from_amax(overshoot), u) for u in UNDERFLOWS}
+    scale = input_scale_from_amax(overshoot)
+    wrong = {str(u): statistics.snr_db(scale, u) for u in UNDERFLOWS}
     curve = regimes.snr_curve(statistics, amaxes)
     return Sweep(statistics.count, low, high, curve, float(half), float(right), overshoot, wrong)
 

@@ -111,7 +111,7 @@ def gain_prose(gain: pd.Series) -> str:
 
 
 def draw_percentiles(everything: pd.DataFrame) -> plt.Figure:
-    """Flush SNR against calibration size, a panel per distribution, a line per policy; dotted: oracle."""
+    """Flush SNR against calibration size, a panel per distribution; dotted: oracle."""
     with plt.rc_context({"figure.constrained_layout.use": False}):  # the grid lays itself out
         grid = sns.FacetGrid(everything, col="distribution", col_wrap=4, height=2.4, sharey=False)
         for name, ax in grid.axes_dict.items():
