@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 
 from nvfp4_utils import ActivationStatistics, input_scale_from_amax
 from nvfp4_utils.quantize import E4M3_NORMAL_RANGE, UNDERFLOWS
 
 from . import plots, regimes
+
+WITHIN = np.linspace(0, 1, 257)  # places in an octave, as exponents of 2
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Sweep:
     """The SNR (dB) of one tensor at calibrated amaxes from far below its safe window to far above.
 
     ``low``, ``high``: the safe window; ``curve``: calibrated_amax, flush, floor; ``half``, ``right``:
-    SNR at half of the tensor's amax and at it, flush; ``wrong``: at ``overshoot``, by convention.
+    SNR at half of the tensor's amax and at it, flush; ``ripple``: how far SNR moves within the octave
+    from the amax on; ``wrong``: SNR at ``overshoot``, by convention.
     """
 
     elements: int
@@ -31,6 +33,7 @@ class Sweep:
     curve: pd.DataFrame
     half: float
     right: float
+    ripple: float
     overshoot: float
     wrong: dict[str, float]
 
@@ -53,7 +56,9 @@ def sweep(statistics: ActivationStatistics, overshoot: float) -> Sweep:
     scale = input_scale_from_amax(overshoot)
     wrong = {str(u): statistics.snr_db(scale, u) for u in UNDERFLOWS}
     curve = regimes.snr_curve(statistics, amaxes)
-    return Sweep(statistics.count, low, high, curve, float(half), float(right), overshoot, wrong)
+    octave = statistics.snr_db(input_scale_from_amax(low * 2**WITHIN))
+    ripple = float(octave.max() - octave.min())
+    return Sweep(statistics.count, low, high, curve, float(half), float(right), ripple, overshoot, wrong)
 
 
 def answer(s: Sweep) -> str:
@@ -69,7 +74,7 @@ def answer(s: Sweep) -> str:
         places = (
             "It places the block scales inside the range of an 8-bit float, and does nothing "
             f"else.</strong> Over a factor of {s.high / s.low:,.0f} of calibrated amaxes, the SNR of a "
-            f"Gaussian moves by {snr.max() - snr.min():.3f} dB."
+            f"Gaussian moves by {s.ripple:.3f} dB."
         )
     return (
         f"<strong>{places} Half of the amax already costs {s.right - s.half:.1f} dB; an amax of "
@@ -124,24 +129,23 @@ def draw_range(s: Sweep, statistics: ActivationStatistics) -> plt.Figure:
     return fig
 
 
-def draw_ripple(statistics: ActivationStatistics, low: float) -> tuple[plt.Figure, float]:
-    """The first octave of the plateau with two higher ones on it, and how far the SNR moves (dB)."""
-    within = np.linspace(0, 1, 257)
+def draw_ripple(statistics: ActivationStatistics, low: float) -> plt.Figure:
+    """SNR over the first octave of the plateau, with two higher ones on it."""
     fig, ax = plt.subplots(figsize=(7.2, 3.4))
     for octave, color, marker, every in (
         (0, "#0072B2", "", 1),
         (6, "#D55E00", "o", 16),
         (10, "k", "x", 16),
     ):
-        snr = statistics.snr_db(input_scale_from_amax(torch.from_numpy(low * 2 ** (within + octave))))
-        ax.plot(2 ** within[::every], snr[::every], color=color, marker=marker, ls="" if marker else "-",
+        snr = statistics.snr_db(input_scale_from_amax(low * 2 ** (WITHIN + octave)))
+        ax.plot(2 ** WITHIN[::every], snr[::every], color=color, marker=marker, ls="" if marker else "-",
                 ms=7 - octave / 4, mfc="none", label=f"octave {octave}")  # fmt: skip
     ax.set_xscale("log", base=2)
     ax.set_xticks([1, 1.25, 1.5, 1.75, 2], ["1", "1.25", "1.5", "1.75", "2"])
     ax.set_xlabel("calibrated amax / start of the octave (log2 axis)")
     ax.set_ylabel("SNR (dB)")
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.16))
-    return fig, float(snr.max() - snr.min())
+    return fig
 
 
 def cliff_prose(s: Sweep) -> str:
