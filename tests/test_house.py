@@ -120,9 +120,10 @@ def test_each_page_module_is_shared_or_a_notebook() -> None:
 
 def test_the_helper_is_small() -> None:
     modules = [p for p in HELPER if p.name != "__init__.py"]
-    lines = {p.name: len(p.read_text().splitlines()) for p in HELPER}
+    lines = {module_name(p): len(p.read_text().splitlines()) for p in HELPER}
     assert len(modules) <= 10
-    assert sum(lines.values()) <= 2200
+    # 2,200 at the split; the block-weighted SNR and the policies that use the room above came after.
+    assert sum(lines.values()) <= 2300
     assert max(lines.values()) <= 300, lines
     assert len(list((ROOT / "nvfp4_utils").rglob("*.cu"))) == 1
 

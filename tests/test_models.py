@@ -42,7 +42,7 @@ def test_every_model_to_fetch_is_pinned_checked_and_licensed():
 
 
 def test_downloaded_models_stay_out_of_git_and_out_of_what_pages_depend_on():
-    assert "models/downloaded/" in (models.ROOT / ".gitignore").read_text().splitlines()
+    assert "/models/downloaded/" in (models.ROOT / ".gitignore").read_text().splitlines()
     makefile = (models.ROOT / "Makefile").read_text()
     assert re.search(r"(?m)^DATA := \$\(shell find results models/reference ", makefile)
 

@@ -170,3 +170,28 @@ def test_the_registry_calibrates_what_each_policy_says():
         ValueError, match=r"^policies \['oracle', 'p98'\] do not calibrate; expected some of"
     ):
         policies.calibrate(statistics, ["amax", "oracle", "p98"])
+
+
+def blocks_of(*amaxes: float) -> ActivationStatistics:
+    """A Gaussian of 4,096 blocks for each amax, every block scaled to exactly that amax."""
+    x = torch.randn(len(amaxes), 4096, 16, generator=torch.Generator().manual_seed(0))
+    x /= x.abs().amax(-1, keepdim=True)
+    return ActivationStatistics.from_tensor((x * torch.tensor(amaxes)[:, None, None]).bfloat16())
+
+
+def test_room_is_the_octaves_to_the_first_subnormal_block_scales():
+    # Equal blocks: normal up to 28672 = 2**14.8 times their amax, subnormal beyond.
+    assert policies.room(blocks_of(1.0)) == 14
+    assert policies.room(blocks_of(1.0, 2.0**-10)) == 4  # the smaller blocks notice first
+    assert policies.room(blocks_of(1.0, 2.0**-18)) == 0
+    assert policies.raised(blocks_of(1.0, 2.0**-10)) == 4.0
+    assert policies.raised(blocks_of(1.0, 2.0**-10), share=1.0) == 16.0
+
+
+def test_headroom_over_amax_never_clips():
+    massive = blocks_of(*[2.0**-12] * 7, 1.0)
+    x = torch.zeros(1, 16).bfloat16()
+    x[0, 0] = 2.0**12  # one block in 32,769, above the 99.99th percentile
+    massive.update(x)
+    assert policies.headroom(massive) < massive.amax == policies.headroom_over_amax(massive)
+    assert policies.headroom_over_amax(blocks_of(1.0)) == policies.headroom(blocks_of(1.0))

@@ -85,15 +85,15 @@ def test_the_first_page_and_the_readme_say_what_the_pages_say(run):
 def test_answers_of_the_stored_run(run):
     size, policy, dataset = (page.answer(run) for page in index.QUESTIONS.values())
     assert size.verdict == "Up to about 64 sequences, yes; beyond, no."
-    assert (size.pool, size.enough) == (1024, 64)
-    assert size.one == pytest.approx(0.515, abs=5e-4) and size.worst == pytest.approx(0.020, abs=5e-4)
+    assert (size.pool, size.enough) == (512, 64)
+    assert size.one == pytest.approx(0.543, abs=5e-4) and size.worst == pytest.approx(0.005, abs=5e-4)
     assert size.spike == pytest.approx(SPIKE, abs=0.01)
     assert policy.verdict == "No: on other text amax fails, and headroom does not."
-    assert policy.gap["amax"] == pytest.approx(0.018, abs=5e-4)
-    assert policy.foreign == pytest.approx({"amax": 11.875, "headroom": 0.068}, abs=5e-4)
+    assert policy.gap["amax"] == pytest.approx(0.019, abs=5e-4)
+    assert policy.foreign == pytest.approx({"amax": 10.423, "headroom": 0.032}, abs=5e-4)
     assert dataset.verdict == "With amax, yes; with headroom, no."
     assert (dataset.amax, dataset.headroom) == (policy.foreign["amax"], policy.foreign["headroom"])
-    assert dataset.broad_amax == pytest.approx(0.040, abs=5e-4)
+    assert dataset.broad_amax == pytest.approx(0.034, abs=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -186,14 +186,15 @@ def test_size_curve_is_the_mean_of_random_subsets_and_ends_at_the_pool(run):
     drawn = [generator.choice(amaxes, 8, replace=False).max() for _ in range(4000)]
     snr = snr_tables.curve_snr(run, mix, site, "flush", drawn)
     assert curve.snr_db[8] == pytest.approx(snr.mean(), abs=4 * snr.std() / 4000**0.5)
-    assert curve.amax[8] == np.quantile(drawn, 0.5, method="inverted_cdf")
-    assert curve.amax[1024] == amaxes.max()
+    below, up_to = np.mean(drawn < curve.amax[8]), np.mean(drawn <= curve.amax[8])
+    assert below - 0.03 < 0.5 < up_to + 0.03  # a median, within what 4,000 draws tell
+    assert curve.amax[512] == amaxes.max()
 
 
 def test_headroom_keeps_room_at_its_own_site(run):
     table = q1_more_calibration.harm_table(run, run.featured_mix, "flush").set_index("site")
     site = table.headroom_octaves.idxmin()
-    assert table.headroom_octaves[site] == pytest.approx(1.76, abs=0.01)
+    assert table.headroom_octaves[site] == pytest.approx(1.70, abs=0.01)
     room = policies.headroom(run.marginals(run.featured_mix, site))
     at = snr_tables.curve_snr(run, run.featured_mix, site, "flush", [table.amax[site], room])
     assert at[0] - at[1] < snr_tables.HARM_DB
@@ -209,8 +210,8 @@ def test_paired_table_names_the_other_convention_only_where_it_differs(run):
     table = q2_which_policy.paired_table(run, run.featured_mix)
     assert list(table.index) == [p for p in POLICIES if p not in ("amax", "oracle")]
     other = table["floor, if different"].dropna()
-    assert list(other.index) == ["constant"]
-    assert table["gain over amax (dB)"]["headroom"] == pytest.approx(0.0024, abs=5e-5)
+    assert other.empty
+    assert table["gain over amax (dB)"]["headroom"] == pytest.approx(0.0016, abs=5e-5)
 
 
 def test_tables_of_the_policy_page(run):
@@ -220,21 +221,21 @@ def test_tables_of_the_policy_page(run):
     assert shown == [p for p in POLICIES if POLICIES[p].one_scale and p != "oracle"]
     assert q2_which_policy.smallest_gap(results) > -1e-6
     kinds = q2_which_policy.kind_gaps(results["flush"], shown)
-    assert kinds.loc["amax", "o_proj_input"] == pytest.approx(0.0247, abs=5e-5)
+    assert kinds.loc["amax", "o_proj_input"] == pytest.approx(0.0302, abs=5e-5)
     ends = q2_which_policy.ends_table(q2_which_policy.both_ends(run, mix, results["flush"]), shown)
     assert ends.loc["headroom", "worst"] == 0 < ends.loc["headroom", "worst "]
-    assert ends.loc["p99.99", "saturated, mean"] == pytest.approx(0.159, abs=5e-4)
+    assert ends.loc["p99.99", "saturated, mean"] == pytest.approx(0.165, abs=5e-4)
     ripple = q2_which_policy.ripple_check(results["flush"])
-    assert ripple.apart.is_monotonic_decreasing and ripple.apart[0] == pytest.approx(0.083, abs=5e-4)
+    assert ripple.apart.is_monotonic_decreasing and ripple.apart[0] == pytest.approx(0.058, abs=5e-4)
 
 
 def test_tables_of_the_dataset_page(run):
     foreign = snr_tables.foreign_losses(run)
-    assert len(foreign) == 32 * 7 * 6
-    assert q3_which_dataset.where_it_hurts(foreign).startswith("Of the 24 losses over 1 dB, 20 are at ")
+    assert len(foreign) == 32 * 4 * 3
+    assert q3_which_dataset.where_it_hurts(foreign).startswith("Of the 7 losses over 1 dB, 7 are at ")
     narrow = q3_which_dataset.one_domain_table(run, foreign, "flush")
-    assert narrow.loc["open-chinese-only", q3_which_dataset.as_many(run.featured_mix)] < 0.02
-    assert "not how much: 69 random" in q3_which_dataset.content_or_size(narrow, run.featured_mix)
+    assert narrow.loc["open-math-only", q3_which_dataset.as_many(run.featured_mix)] < 0.02
+    assert "not how much: 512 random" in q3_which_dataset.content_or_size(narrow, run.featured_mix)
     same = narrow.assign(**{"worst (dB)": 0.01})
     assert q3_which_dataset.content_or_size(same, run.featured_mix) == ""
     below, above = q3_which_dataset.by_ratio(snr_tables.amax_ratio(run, foreign))
@@ -246,7 +247,7 @@ def test_tables_of_the_dataset_page(run):
 
 def test_a_scale_of_the_decision_table_is_the_policies(run):
     table = index.decisions(run)
-    assert table.loc["no calibration", "worst site (dB)"] == pytest.approx(0.131, abs=5e-4)
+    assert table.loc["no calibration", "worst site (dB)"] == pytest.approx(0.132, abs=5e-4)
     assert table.loc["another quantizer", "mean loss (dB)"] < -0.5
     assert table.loc["only amax", "set"] == "amax, 64 sequences"
     assert input_scale_from_amax(policies.constant()) == 1

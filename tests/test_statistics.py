@@ -411,3 +411,30 @@ def test_tampered_counts(tmp_path):
     )
     with raises(ValueError, message):
         ActivationStatistics.load(path)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "heavy"])
+@pytest.mark.parametrize("underflow", UNDERFLOWS)
+def test_block_snr_is_that_of_blocks_divided_by_their_amax(kind, underflow):
+    x = make(kind, BF16)
+    statistics = ActivationStatistics.from_tensor(x)
+    blocks = x.double().reshape(-1, 16)
+    amax = blocks.abs().amax(1, keepdim=True)
+    blocks, used = blocks[amax[:, 0] > 0], amax[amax[:, 0] > 0]
+    for octaves in (-3, 0, 9, 16, 20):
+        scale = input_scale_from_amax(statistics.amax * 2.0**octaves)
+        y = fake_quantize(x, scale, underflow=underflow, out_dtype=torch.float32).double()
+        error = (y.reshape(-1, 16)[amax[:, 0] > 0] - blocks) / used
+        expected = 10 * math.log10((blocks / used).square().sum() / error.square().sum())
+        assert statistics.block_snr_db(scale, underflow) == pytest.approx(expected, abs=1e-8)
+    both = statistics.block_snr_db([scale, 2 * scale], underflow)
+    assert both.shape == (2,) and both[0] == statistics.block_snr_db(scale, underflow)
+
+
+def test_block_snr_sees_what_snr_does_not():
+    """One massive block holds the energy; a scale that fits it alone flushes every other block."""
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(3)).bfloat16()
+    x[0, 0] = 2.0**22
+    statistics = ActivationStatistics.from_tensor(x)
+    scale = input_scale_from_amax(statistics.amax)
+    assert statistics.snr_db(scale) > 20 > 1 > statistics.block_snr_db(scale)

@@ -123,7 +123,7 @@ def test_first_splits_are_part_of_all_splits(run):
     sequences = sequences[(sequences.pool == "calibration") & (sequences.site == run.sites[0])]
     first = sequences.source.isin(["news/cnn_dailymail", "instruct/stem"])
     assert (table.n == first.sum()).all() and 0 < first.sum() < len(sequences)
-    assert weaknesses.first_split_table(run, "open-chat-only", "flush") is None
+    assert weaknesses.first_split_table(run, "open-math-only", "flush") is None
 
 
 def test_nested_subsets_end_without_spread(run):

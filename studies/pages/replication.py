@@ -103,12 +103,14 @@ def _mix_of(name: str) -> str:
 def _not_comparable(part, quantity, published, ours, mix):
     reason = OTHER_MODEL.format(mix)
     if ours is None:
-        reason += f"; its pools hold no set of this size for {mix}"
+        reason += f"; the stored run holds no such set of {mix}"
     return part, quantity, published, ours, None, NOT_COMPARABLE, reason
 
 
 def _subset_summary(run: Run, mix: str, site: str, n: int, test: str) -> dict[str, float] | None:
     """Amax and error of the study's three nested subsets of ``n`` sequences, tested on ``test``."""
+    if mix not in run.info["detailed_mixes"]:
+        return None
     table = run.subsets(mix)
     table = table[(table.site == site) & (table.policy == "amax") & (table.n == n)]
     table = table[table.draw < STUDY_DRAWS]
@@ -125,31 +127,35 @@ def _subset_summary(run: Run, mix: str, site: str, n: int, test: str) -> dict[st
     }
 
 
+def _pool_numbers(run: Run, mix: str, site: str) -> dict[str, float]:
+    """What the study says of a pool, of ours; nothing if the run does not hold the mix."""
+    if mix not in run.mixes:
+        return {}
+    test = run.marginals(mix, site, "test")
+    snr = snr_tables.policy_snr(run, mix, CONVENTION)
+    best = snr[(snr.site == site) & (snr.policy == "oracle")].iloc[0]
+    return {
+        "capture_amax": run.marginals(mix, site).amax,
+        "test_amax": test.amax,
+        "signal_power": test.signal_power,
+        "oracle amax_equivalent": best.calibrated_amax,
+        "oracle mse": test.signal_power / 10 ** (best.snr_db / 10),
+        "oracle snr_db": best.snr_db,
+    }
+
+
 def dataset_rows(run: Run) -> pd.DataFrame:
     """The per-dataset sweep: pools, oracle, and amax at 512, 1,024 and 2,048 sequences."""
     rows = []
     for name, known in synthetic.published()["per_dataset"].items():
         mix = _mix_of(name)
-        table = snr_tables.policy_snr(run, mix, CONVENTION).set_index(["site", "policy"])
         for layer, values in known["layers"].items():
-            site = site_of(run, int(layer))
-            test = run.marginals(mix, site, "test")
-            best = table.loc[site, "oracle"]
-            ours = {
-                "capture_amax": run.marginals(mix, site).amax,
-                "test_amax": test.amax,
-                "signal_power": test.signal_power,
-            }
-            for key, mine in ours.items():
-                rows.append(_not_comparable(name, f"layer {layer}, {key}", values[key], mine, mix))
-            optimum = {
-                "amax_equivalent": best.calibrated_amax,
-                "mse": test.signal_power / 10 ** (best.snr_db / 10),
-                "snr_db": best.snr_db,
-            }
-            for key, mine in optimum.items():
-                rows.append(_not_comparable(name, f"layer {layer}, oracle {key}", values["oracle"][key],
-                                            mine, mix))  # fmt: skip
+            ours = _pool_numbers(run, mix, site_of(run, int(layer)))
+            published = {key: values[key] for key in ("capture_amax", "test_amax", "signal_power")}
+            published |= {f"oracle {key}": value for key, value in values["oracle"].items()}
+            for key, value in published.items():
+                label = f"layer {layer}, {key}"
+                rows.append(_not_comparable(name, label, value, ours.get(key), mix))
         for known_row in known["amax"]:
             site = site_of(run, known_row["layer"])
             found = _subset_summary(run, mix, site, known_row["n_seqs"], mix)
@@ -164,10 +170,13 @@ def percentile_rows(run: Run) -> pd.DataFrame:
     rows = []
     for name, layers in synthetic.published()["percentile_snr_db"].items():
         mix = _mix_of(name)
-        table = snr_tables.policy_snr(run, mix, CONVENTION).set_index(["site", "policy"]).snr_db
+        found = {}
+        if mix in run.mixes:
+            snr = snr_tables.policy_snr(run, mix, CONVENTION)
+            found = snr.set_index(["site", "policy"]).snr_db.to_dict()
         for layer, values in layers.items():
             for policy, published in values.items():
-                ours = table[site_of(run, int(layer)), policy.split("_")[0]]
+                ours = found.get((site_of(run, int(layer)), policy.split("_")[0]))
                 label = f"layer {layer}, {policy}, SNR (dB)"
                 rows.append(_not_comparable(f"percentiles, {name}", label, published, ours, mix))
     return _table(rows)
@@ -179,12 +188,16 @@ def shared_test_rows(run: Run) -> pd.DataFrame:
     test = _mix_of("cnn_nemotron_v2_mix")
     rows = []
     for name, sizes in known["pools"].items():
-        sequences = run.sequences(_mix_of(name))
+        mix = _mix_of(name)
+        held = (
+            run.sequences(mix).groupby("pool", observed=True).sequence.max() + 1
+            if mix in run.mixes
+            else {}
+        )
         for pool, published in sizes.items():
-            mine = sequences[sequences.pool == {"calib": "calibration"}.get(pool, pool)]
             label = f"pool of {name}, {pool}, sequences"
-            rows.append(_not_comparable("shared test", label, published, mine.sequence.max() + 1,
-                                        _mix_of(name)))  # fmt: skip
+            mine = held.get({"calib": "calibration"}.get(pool, pool))
+            rows.append(_not_comparable("shared test", label, published, mine, mix))
     for layer, values in known["layers"].items():
         marginals = run.marginals(test, site_of(run, int(layer)), "test")
         ours = {"test_amax": marginals.amax, "signal_power": marginals.signal_power}
@@ -221,13 +234,15 @@ def cross_rows(run: Run) -> pd.DataFrame:
     rows = []
     for row in synthetic.published()["cross_dataset_fixed_test"]:
         site, mix = site_of(run, row["layer"]), _mix_of(row["combo"])
-        amax = run.marginals(mix, site).amax
-        snr = float(snr_tables.curve_snr(run, test, site, CONVENTION, [amax])[0])
-        power = run.marginals(test, site, "test").signal_power
-        ours = {"amax": amax, "mse": power / 10 ** (snr / 10), "snr_db": snr}
-        for key, mine in ours.items():
+        ours = {}
+        if mix in run.mixes:
+            amax = run.marginals(mix, site).amax
+            snr = float(snr_tables.curve_snr(run, test, site, CONVENTION, [amax])[0])
+            power = run.marginals(test, site, "test").signal_power
+            ours = {"amax": amax, "mse": power / 10 ** (snr / 10), "snr_db": snr}
+        for key in ("amax", "mse", "snr_db"):
             label = f"layer {row['layer']}, {row['combo']}, {key}"
-            rows.append(_not_comparable("fixed test", label, row[key], mine, mix))
+            rows.append(_not_comparable("fixed test", label, row[key], ours.get(key), mix))
     return _table(rows)
 
 
@@ -366,7 +381,7 @@ def claim_rows(run: Run) -> pd.DataFrame:
     fixed = pd.DataFrame(data["cross_dataset_fixed_test"]).groupby("layer").snr_db
     policy = pd.concat(snr_tables.policy_snr(run, m, CONVENTION).assign(mix=m) for m in run.mixes)
     cross = snr_tables.cross_matrix(run, "amax", CONVENTION).rename(columns={"loss_db": "gap_db"})
-    grown = pd.concat(_grown(run, m) for m in run.mixes)
+    grown = pd.concat(_grown(run, m) for m in run.info["detailed_mixes"])
     rows = [
         ("amax below the oracle", max(v["oracle"] - v["amax_2048"] for v in percentiles),
          policy[policy.policy == "amax"]),
