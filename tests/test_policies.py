@@ -180,12 +180,14 @@ def blocks_of(*amaxes: float) -> ActivationStatistics:
 
 
 def test_room_is_the_octaves_to_the_first_subnormal_block_scales():
-    # Equal blocks: normal up to 28672 = 2**14.8 times their amax, subnormal beyond.
-    assert policies.room(blocks_of(1.0)) == 14
-    assert policies.room(blocks_of(1.0, 2.0**-10)) == 4  # the smaller blocks notice first
-    assert policies.room(blocks_of(1.0, 2.0**-18)) == 0
-    assert policies.raised(blocks_of(1.0, 2.0**-10)) == 4.0
-    assert policies.raised(blocks_of(1.0, 2.0**-10), share=1.0) == 16.0
+    # A block scale is normal up to 28672 = 2**14.8 times the block's amax, subnormal beyond.
+    mixed = [1.0, 0.93, 0.86, 0.79]
+    small = [2.0**-10 * b for b in mixed]
+    assert policies.room(blocks_of(*mixed)) == 14
+    assert policies.room(blocks_of(*mixed, *small)) == 4  # the smaller blocks notice first
+    assert policies.room(blocks_of(*mixed, *(2.0**-8 * b for b in small))) == 0
+    assert policies.raised(blocks_of(*mixed, *small)) == 4.0
+    assert policies.raised(blocks_of(*mixed, *small), share=1.0) == 16.0
 
 
 def test_headroom_over_amax_never_clips():

@@ -18,8 +18,6 @@ from nvfp4_utils.histogram import Marginals, codes_to_values
 from nvfp4_utils.quantize import (
     BLOCK_SIZE,
     E2M1_MAX,
-    E4M3_MAX,
-    E4M3_MIN_SUBNORMAL,
     E4M3_NORMAL_RANGE,
     UNDERFLOWS,
     Underflow,
@@ -28,11 +26,11 @@ from nvfp4_utils.quantize import (
     round_e2m1,
 )
 from nvfp4_utils.statistics import ActivationStatistics
+from studies.runs.scoring import UNDERFLOW_START, block_shares
 from studies.runs.store import Run
 
 from . import plots, snr_tables
 
-UNDERFLOW_START = E4M3_MAX / (E4M3_MIN_SUBNORMAL / 2)  # rho = 458752; this tie rounds to even, 0
 REGIMES = ("saturated", "normal", "subnormal", "underflow")
 BINS_AN_OCTAVE = 2
 
@@ -70,11 +68,10 @@ def block_regimes(marginals: Marginals, calibrated_amax: float) -> dict[str, flo
     """
     if not calibrated_amax > 0:
         raise ValueError(f"calibrated_amax is {calibrated_amax}; expected a positive value.")
-    values, counts = nonzero_blocks(marginals)
-    rho = calibrated_amax / values
-    of = np.digitize(rho, [1, np.nextafter(E4M3_NORMAL_RANGE, np.inf), UNDERFLOW_START])
-    shares = np.bincount(of, weights=counts, minlength=len(REGIMES)) / counts.sum()
-    return dict(zip(REGIMES, shares.tolist(), strict=True))
+    shares = block_shares(marginals, np.array([calibrated_amax]))
+    found = {name: float(share[0]) for name, share in shares.items()}
+    found["normal"] = 1 - sum(found.values())
+    return {name: found[name] for name in REGIMES}
 
 
 def octave_histogram(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
