@@ -9,7 +9,6 @@ test mix's own calibration gives. Octaves count doublings of every site's amax.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -19,7 +18,7 @@ import pandas as pd
 from studies.runs.scoring import resamples
 from studies.runs.store import Run
 
-from .plots import POLICY_STYLE
+from .plots import POLICY_STYLE, model_label
 
 PLATEAU = 4  # octaves above the amax, over which the plateau is taken
 TICKS = (-10, -2, 0, 2, 10, 100, 1000)  # of a change in percent
@@ -35,7 +34,7 @@ MEASURES = ("nll", "kl", "kl_p999", "top1", "low", "high")
 
 def short(run: Run) -> str:
     """A model's name for panels and tables."""
-    return re.sub(r"^the embedded ", "", run.model_name.split(" (")[0].split(",")[0])
+    return model_label(run.model_name)
 
 
 def of_test(run: Run, test: str, *, weights: str = "bf16", only: str = "") -> pd.DataFrame:
@@ -293,7 +292,7 @@ def draw_sweeps(runs: Sequence[Run]) -> plt.Figure:
         for ax in (top, bottom):
             ax.axvline(0, color="#0072B2", lw=0.8)
             ax.set_yscale("log")
-        top.set(title=short(run))
+        top.set_title(short(run), fontsize=10)
         bottom.set(xlabel="octaves from the amax")
     for ax, label in zip(axes[:, 0], ("KL", "rise of NLL"), strict=True):
         ax.set(ylabel=f"{label} (nats per token)")
@@ -316,7 +315,8 @@ def draw_policies(runs: Sequence[Run], tables: Sequence, floors: Sequence[dict])
         ax.axvline(0, color="k", lw=0.6)
         ax.set_xscale("symlog", linthresh=3, linscale=1.5)
         ax.set_xticks(TICKS, [str(t) for t in TICKS], fontsize=8)
-        ax.set(title=short(run), xlabel="change of KL (%)", xlim=(-30, 2e4))
+        ax.set_title(short(run), fontsize=10)
+        ax.set(xlabel="change of KL (%)", xlim=(-30, 2e4))
     axes[0, 0].set_yticks(range(len(names)), [POLICY_STYLE[p].label for p in names])
     axes[0, 0].invert_yaxis()
     return fig

@@ -9,6 +9,7 @@ import html
 import io
 import itertools
 import json
+import re
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -51,6 +52,11 @@ KIND_COLORS = {"attention_input": "#0072B2", "o_proj_input": "#009E73", "mlp_inp
                "down_proj_input": "#CC79A7"}  # fmt: skip
 REGIME_COLORS = {"saturated": "#f6d5c3", "normal": "#ffffff", "subnormal": "#dbe9f4",
                  "underflow": "#d9d9d9"}  # fmt: skip
+
+
+def model_label(model_name: str) -> str:
+    """A run's ``model_name`` without its remarks, for panels and tables."""
+    return re.sub(r"^the embedded ", "", model_name.split(" (")[0].split(",")[0])
 
 
 def _display(kind: str, text: str) -> None:
