@@ -271,9 +271,8 @@ def test_modules_that_would_share_a_label_are_refused():
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
     )  # fmt: skip
     bart = transformers.BartForConditionalGeneration(config)
-    with pytest.raises(
-        ValueError, match=r"^a second module, 'model\.decoder\.layers\.0\.self_attn\.q_proj'"
-    ):
+    message = r"^a second module, 'model\.decoder\.layers\.0\.self_attn\.q_proj'"
+    with pytest.raises(ValueError, match=message):
         find_sites(bart, ["attention_input"])
 
 
