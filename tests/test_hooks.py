@@ -255,8 +255,8 @@ def test_a_module_that_runs_twice_a_forward_is_refused(model):
     layers = model.model.layers
     kept, layers[1].mlp = layers[1].mlp, layers[0].mlp
     message = (
-        "layers.0.mlp_input saw 4 sequences of 2; expected each once. Its module runs not once a forward, "
-        "or another forward runs too. Leave this site out."
+        "layers.0.mlp_input saw 4 sequences of 2; expected each once. Its module runs not once a "
+        "forward, or another forward runs too. Leave this site out."
     )
     try:
         with raises(ValueError, message):
