@@ -238,6 +238,7 @@ def finish(model, tokens, history, folder, out: Path, t: Training) -> None:
         "tokens_seen": history[-1][0] * t.sequences * t.length,
         "history": history,
         "held_out_nats_per_token": held_out,
+        "held_out_sequences": len(ids),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
     }

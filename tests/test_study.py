@@ -73,10 +73,13 @@ def test_harm_begins_where_the_curve_stays_lower(run):
 def test_every_published_number_has_one_row_and_no_foreign_one_a_difference(run):
     rows = replication.all_rows(run, 0.25)
     assert len(rows) == replication.published_count()
-    assert set(rows.verdict) == {"reproduced", "differs", "not comparable"}
+    assert dict(rows.verdict.value_counts()) == {
+        "reproduced": 47, "differs: draw": 22, "differs: clipping": 2, "differs: unexplained": 1,
+        "not comparable": 240,
+    }  # fmt: skip
     other = rows[rows.verdict == "not comparable"]
     assert other.difference.isna().all()
-    assert (rows[rows.verdict == "differs"].reason != "").all()
+    assert (rows[rows.verdict.str.startswith("differs")].reason != "").all()
     checked = rows[rows.verdict != "not comparable"]
     np.testing.assert_allclose(checked.difference, checked.ours - checked.published, atol=1e-12)
     close = rows[(rows.verdict == "reproduced") & rows["quantity"].str.contains("elements|^oracle")]
@@ -104,13 +107,14 @@ def test_unseen_outliers_grow_with_the_power_where_nothing_saturates():
     assert at_10["bmax_anchor"] > 30 * at_10["oracle"]
 
 
-def test_window_gains_pool_the_windows(run):
+def test_tensor_gains_pool_the_tensors(run):
     mix = run.window_mixes[0]
-    gains = weaknesses.window_gains(run, mix, "amax", "headroom", "flush").set_index("site")
-    flush = snr_tables.policy_snr(run, mix, "flush").set_index(["site", "policy"]).snr_db
-    for site in run.sites[::5]:
-        assert gains.pool[site] == pytest.approx(flush[site, "headroom"] - flush[site, "amax"], abs=1e-5)
+    gains = weaknesses.tensor_gains(run, mix, "flush")
     assert (gains.low <= gains["mean"]).all() and (gains["mean"] <= gains.high).all()
+    pool = gains[gains.policy == "headroom"].set_index("site").pool
+    snr = snr_tables.policy_snr(run, mix, "flush").set_index(["site", "policy"]).snr_db
+    for site in run.sites[::5]:
+        assert pool[site] == pytest.approx(snr[site, "headroom"] - snr[site, "amax"], abs=1e-5)
 
 
 def test_first_splits_are_part_of_all_splits(run):

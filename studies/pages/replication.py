@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The NVFP4 Calibration Book authors
-"""Every published number beside ours, with a verdict a row.
+"""Every published number beside ours, with a verdict per row.
 
 The study's model and data are not to be had here: rows measured on Qwen3.5-9B stand beside the same
 quantity on the reference model and the open stand-in mixes, carry no difference, and are never
@@ -9,11 +9,15 @@ averaged with ours.
 
 from __future__ import annotations
 
+import re
 import warnings
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 
+from studies.data import distributions
 from studies.data.mixes import STAND_INS
 from studies.runs import synthetic
 from studies.runs.store import Run
@@ -21,7 +25,9 @@ from studies.runs.store import Run
 from . import snr_tables
 
 REPRODUCED = "reproduced"
-DIFFERS = "differs"
+DRAW = "differs: draw"
+CLIPPING = "differs: clipping"
+UNEXPLAINED = "differs: unexplained"
 NOT_COMPARABLE = "not comparable"
 OTHER_MODEL = "their model and data are not to be had; ours is the reference model on {}"
 CONVENTION = "floor"  # the study's
@@ -33,9 +39,9 @@ def synthetic_rows(tolerance: float) -> pd.DataFrame:
     """SNR (dB) of the seven distributions, amax at nine sizes and the oracle.
 
     Reproduced: within ``tolerance`` dB. Otherwise within the range of the replicates, so the random
-    draw explains it; or outside of it.
+    draw explains it; or outside of it, and unexplained.
     """
-    reference = synthetic.published()["synthetic"]
+    cited = synthetic.published()["synthetic"]
     study = synthetic.stored_table()
     others = synthetic.stored_replicates()
     oracle = study.groupby("distribution", sort=False).oracle_db.first()
@@ -44,7 +50,7 @@ def synthetic_rows(tolerance: float) -> pd.DataFrame:
         drawn = others[(others.distribution == row.distribution) & (others.n == row.n)].snr_db_floor
         rows.append(_synthetic_row(row.distribution, f"amax, {row.n:,} elements", row.published_db,
                                    row.snr_db_floor, drawn, tolerance))  # fmt: skip
-    for name, published in reference["oracle_snr_db"].items():
+    for name, published in cited["oracle_snr_db"].items():
         drawn = others[others.distribution == name].oracle_db
         rows.append(_synthetic_row(name, "oracle", published, oracle[name], drawn, tolerance))
     return _table(rows)
@@ -60,9 +66,8 @@ def _synthetic_row(name, quantity, published, ours, drawn, tolerance):
     if abs(published - ours) <= tolerance:
         verdict, reason = REPRODUCED, ""
     else:
-        verdict = DIFFERS
         inside = low - tolerance <= published <= high + tolerance
-        reason = f"{'draw' if inside else 'outside'}, {low:.2f} to {high:.2f}"
+        verdict, reason = DRAW if inside else UNEXPLAINED, f"other seeds {low:.2f} to {high:.2f}"
     if name == "per_channel_outlier":
         # Our fixed channels were chosen among draws that match, so agreement would prove nothing.
         verdict = NOT_COMPARABLE
@@ -78,7 +83,7 @@ def outlier_rows(tolerance: float) -> pd.DataFrame:
         ours = synthetic.unseen_outliers(known["growth"])
         for policy, mse in ours.items():
             apart = abs(float(snr_tables.db(mse / known[policy])))
-            verdict = REPRODUCED if apart <= tolerance else DIFFERS
+            verdict = REPRODUCED if apart <= tolerance else CLIPPING
             reason = "" if verdict == REPRODUCED else "clipping at another sample's amax"
             rows.append(("unseen outliers", f"growth {known['growth']:g}, {policy}, MSE", known[policy],
                          mse, mse - known[policy], verdict, reason))  # fmt: skip
@@ -238,16 +243,17 @@ def downstream_rows() -> pd.DataFrame:
 
 
 def timing_rows(run: Run) -> pd.DataFrame:
-    """Wall clock and bytes: theirs on an RTX 6000 Ada, ours as stored with the results."""
+    """Wall clock and bytes: theirs on an RTX 6000 Ada, ours as stored with the results.
+
+    Not comparable: other hardware, and another kind of statistic.
+    """
     known = synthetic.published()["timings"]
     info = synthetic.stored_info("cuda/study")
     size = sum(p.stat().st_size for p in run.path.rglob("*") if p.is_file()) / 1e9
     rows = [
-        ("timings", "synthetic, minutes", known["synthetic_minutes"], info["seconds"] / 60,
-         info["seconds"] / 60 - known["synthetic_minutes"], DIFFERS,
-         f"other hardware ({info['device']}) and one statistic for all scales"),
-        ("timings", "stored, GB", known["captured_tensors_gb"], size,
-         size - known["captured_tensors_gb"], DIFFERS,
+        ("timings", "synthetic, minutes", known["synthetic_minutes"], info["seconds"] / 60, None,
+         NOT_COMPARABLE, f"other hardware ({info['device']}) and one statistic for all scales"),
+        ("timings", "stored, GB", known["captured_tensors_gb"], size, None, NOT_COMPARABLE,
          f"histograms, not tensors; another model, {len(run.sites)} sites, {len(run.mixes)} mixes"),
         ("timings", "capture of 2,600 sequences, minutes", known["capture_2600x512_minutes"], None, None,
          NOT_COMPARABLE, "another model size; the performance page times a model of theirs"),
@@ -267,6 +273,84 @@ def all_rows(run: Run, tolerance: float) -> pd.DataFrame:
         # pandas announces another treatment of all-NaN columns; here they are float64 throughout.
         warnings.simplefilter("ignore", FutureWarning)
         return pd.concat(tables, ignore_index=True)
+
+
+def answer(rows: pd.DataFrame) -> str:
+    """The page's answer from ``all_rows``, simple HTML: the verdicts add up to what can be checked."""
+    checked = rows[rows.verdict != NOT_COMPARABLE]
+    n = checked.verdict.value_counts()
+    reproduced = int(n.get(REPRODUCED, 0))
+    share = reproduced / len(checked)
+    word = "yes" if share == 1 else "mostly" if share > 0.5 else "seldom"
+    kinds = {
+        DRAW: "by no more than other random seeds do among themselves",
+        CLIPPING: "in how data clip that outgrow their calibration",
+        UNEXPLAINED: "without a reason we found",
+    }
+    apart = [f"{n[kind]} {words}" for kind, words in kinds.items() if kind in n]
+    differ = f" {len(checked) - reproduced} differ: {', '.join(apart)}." if apart else ""
+    rest = len(rows) - len(checked)
+    return (
+        f"<strong>Where they can be checked, {word}: {reproduced} of {len(checked)} numbers are "
+        f"reproduced.</strong>{differ} The other {rest} published numbers cannot be checked here."
+    )
+
+
+def unchecked_prose(rows: pd.DataFrame) -> str:
+    """Why the not comparable rows are that, Markdown; the counts add up."""
+    parts = rows[rows.verdict == NOT_COMPARABLE].part
+    channels, hardware = (int((parts == p).sum()) for p in ("per_channel_outlier", "timings"))
+    model = len(parts) - channels - hardware
+    return (
+        f"Of {len(rows)} published numbers {len(parts)} are not comparable: {model} belong to models "
+        "and datasets that are not to be had here (they stand beside the reference model's, never "
+        f"blended with it), {channels} to outlier channels that the study does not name, and {hardware} "
+        "are wall clock and storage. What would change this: the study's random streams, its ten "
+        "outlier channels, or its model."
+    )
+
+
+def draw_synthetic(study: pd.DataFrame, others: pd.DataFrame) -> plt.Figure:
+    """Published and our SNR against calibration size over the range of other seeds, a panel per law."""
+    with plt.rc_context({"figure.constrained_layout.use": False}):  # the grid lays itself out
+        grid = sns.FacetGrid(study, col="distribution", col_wrap=4, height=2.4, sharey=False)
+        for name, ax in grid.axes_dict.items():
+            one = study[study.distribution == name]
+            band = others[others.distribution == name].groupby("n").snr_db_floor.agg(["min", "max"])
+            ax.fill_between(band.index, band["min"], band["max"], color="0.8", lw=0, label="other seeds")
+            ax.plot(one.n, one.snr_db_floor, color="#0072B2", marker="o", ms=3, label="ours")
+            ax.plot(one.n, one.published_db, "x", color="#D55E00", ms=5, label="published")
+            ax.set_xscale("log", base=2)
+        handles, labels = grid.axes.flat[0].get_legend_handles_labels()
+        grid.set_titles("{col_name}", size=9)
+        grid.set_axis_labels("calibration elements", "SNR (dB), floor")
+        grid.figure.legend(handles, labels, loc="center", bbox_to_anchor=(0.88, 0.28))
+        grid.tight_layout()
+    return grid.figure
+
+
+def spike_probability(elements: int, seeds: int) -> float:
+    """How likely the samples of all seeds hold a spike at ``elements`` elements each."""
+    return (1 - (1 - distributions.SPIKE_PROBABILITY) ** elements) ** seeds
+
+
+def unexplained_prose(rows: pd.DataFrame, seeds: int) -> str:
+    """The values outside the tolerance and every other seed's range, Markdown."""
+    left = rows[rows.verdict == UNEXPLAINED]
+    if left.empty:
+        return "No checkable synthetic value stays unexplained."
+    listed = "; ".join(f"{r.part}, {r.quantity}: {r.reason}" for r in left.itertuples())
+    text = f"Unexplained: {len(left)}, by up to {left.difference.abs().max():.2f} dB: {listed}."
+    spiked = left[(left.part == "rare_giant_spike") & left["quantity"].str.startswith("amax")]
+    for row in spiked.itertuples():
+        elements = int(re.sub(r"\D", "", str(row.quantity)))
+        text += (
+            f" A spike case that is as bad at {elements:,} elements as at the end needs a spike in "
+            "every seed's sample, which happens with probability "
+            f"{spike_probability(elements, seeds):.0%}: the study's draw was unusual, or its seeds were "
+            "not."
+        )
+    return text
 
 
 def claim_rows(run: Run) -> pd.DataFrame:

@@ -80,7 +80,7 @@ def study_table(
     (of the MSE averaged over seeds, as the study did), oracle_db (flush), published_db (NaN where
     none). ``replicate`` 0 has the study's seeds; any other repeats it with seeds of its own.
     """
-    reference = published()["synthetic"]
+    cited = published()["synthetic"]
     rows = []
     bar = tqdm(distributions.DISTRIBUTIONS, desc="synthetic", disable=not progress)
     for name in bar:
@@ -89,14 +89,14 @@ def study_table(
         for n in sizes(max_calibration):
             first = CALIBRATION_SEED + 1000 * replicate
             samples = [calibration_amaxes(name, n, first + s, device) for s in range(seeds)]
-            known = dict(zip(reference["n_calib"], reference["snr_db"][name], strict=True))
+            known = dict(zip(cited["n_calib"], cited["snr_db"][name], strict=True))
             for policy in samples[0] if percentiles else ("amax",):
                 amaxes = torch.tensor([s[policy] for s in samples], dtype=torch.float64)
                 scales = input_scale_from_amax(amaxes)
                 snr = [10 * np.log10(test.signal_power / test.mse(scales, u).mean())
                        for u in UNDERFLOWS]  # fmt: skip
-                cited = known.get(n, np.nan) if policy == "amax" else np.nan
-                rows.append((name, n, policy, float(amaxes.mean()), *snr, oracle, cited))
+                shown = known.get(n, np.nan) if policy == "amax" else np.nan
+                rows.append((name, n, policy, float(amaxes.mean()), *snr, oracle, shown))
     columns = ["distribution", "n", "policy", "amax", *(f"snr_db_{u}" for u in UNDERFLOWS), "oracle_db",
                "published_db"]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
@@ -119,6 +119,17 @@ def stored_table(policy: str | None = "amax") -> pd.DataFrame:
     """The full-size table of ``results/synthetic``, of one policy or (None) of all."""
     table = pd.read_parquet(STORED / "study.parquet")
     return table if policy is None else table[table.policy == policy].drop(columns="policy")
+
+
+def spike_loss() -> dict[str, float]:
+    """SNR (dB) that one freak value in the calibration costs, by underflow convention.
+
+    Of the stored spike case: the best calibration size's SNR less the worst's, which is from the sizes
+    whose samples hold a spike. The test tensor is N(0, 1) without one.
+    """
+    table = stored_table()
+    spiked = table[table.distribution == "rare_giant_spike"]
+    return {u: float(np.ptp(spiked[f"snr_db_{u}"])) for u in UNDERFLOWS}
 
 
 def unseen_outliers(growth: float, underflow: Underflow = "flush") -> dict[str, float]:
