@@ -21,7 +21,7 @@ from studies import ROOT
 from studies.runs import synthetic
 from studies.runs.store import Run
 
-from . import plots, q1_more_calibration, reference_model, regimes, snr_tables
+from . import models, plots, q1_more_calibration, regimes, snr_tables
 
 README = ROOT / "README.md"
 FIGURE = ROOT / "book" / "_static" / "headline.svg"
@@ -160,8 +160,8 @@ def scope(name: str = "") -> str:
     """What the numbers are measured on."""
     n = numbers(name)
     about = ""
-    if Run(name).info["model"] == str(reference_model.MODEL.relative_to(ROOT)):
-        size = reference_model.read_json("training.json")["parameters"] / 1e6
+    if Run(name).info["model"] == str(models.MODEL.relative_to(ROOT)):
+        size = models.read_json("training.json")["parameters"] / 1e6
         about = f" ({size:.1f}M parameters, Qwen3.5 architecture, trained for this book)"
     return (
         f"Scope: {n['sites']} sites (every linear layer's input) of the {n['model']}{about}, "
