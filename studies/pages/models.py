@@ -173,10 +173,10 @@ def answer(runs: Mapping[str, Run]) -> str:
     public = [name for name in runs if pretrained.MODELS[name].wheels]
     sites = sum(len(run.sites) for run in runs.values())
     return (
-        f"<strong>On {len(runs)} trained decoders with {sites} sites: {len(public)} public models, and what "
-        "was trained for this book.</strong> On held-out text they lose "
-        f"{loss.min(axis=None):.2f} to {loss.max(axis=None):.2f} nats per token before any activation is "
-        "quantized. They are small; large models enter through published numbers only."
+        f"<strong>On {len(runs)} trained decoders with {sites} sites: {len(public)} public models, "
+        "and what was trained for this book.</strong> On held-out text they lose "
+        f"{loss.min(axis=None):.2f} to {loss.max(axis=None):.2f} nats per token before any activation "
+        "is quantized. They are small; large models enter through published numbers only."
     )
 
 
@@ -232,8 +232,8 @@ def training_prose(training: dict) -> str:
     gain = held_out.trigram - held_out.model
     better = "better" if gain.min() > 0 else "better (worse where negative)"
     return (
-        f"It saw {training['tokens_seen'] / 1e6:,.1f} million tokens in {training['steps_done']:,} steps "
-        f"of {t['sequences']} sequences of {t['length']} tokens on {training['device']}. Held out, it "
-        f"is {gain.min():.2f} to {gain.max():.2f} nats per token {better} than an interpolated trigram "
-        "of the same training text."
+        f"It saw {training['tokens_seen'] / 1e6:,.1f} million tokens in {training['steps_done']:,} "
+        f"steps of {t['sequences']} sequences of {t['length']} tokens on {training['device']}. Held "
+        f"out, it is {gain.min():.2f} to {gain.max():.2f} nats per token {better} than an interpolated "
+        "trigram of the same training text."
     )
