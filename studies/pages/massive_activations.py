@@ -33,21 +33,18 @@ def stored_runs() -> dict[str, Run]:
 
 def room(m: Marginals, percentile: float | None) -> float:
     """Octaves from the amax up to 28672 times the smallest nonzero block amax, or its percentile."""
-    low = (
-        regimes.safe_window(m)[1] / E4M3_NORMAL_RANGE
-        if percentile is None
-        else m.block_amax_percentile(percentile, above=0.0)
-    )
-    return float(np.log2(E4M3_NORMAL_RANGE * low / m.amax))
+    end = regimes.safe_window(m)[1]
+    if percentile is not None:
+        end = E4M3_NORMAL_RANGE * m.block_amax_percentile(percentile, above=0.0)
+    return float(np.log2(end / m.amax))
 
 
 def site_table(run: Run, factor: float = FACTOR) -> pd.DataFrame:
     """A row per site of the first mix's calibration pool.
 
-    amax; over_rms, over_block (the 99.99th percentile of nonzero block amaxes), over_token (the median
-    over sequences of the median token): the amax over each; next: the largest token over the next
-    one, median over sequences; first: share of sequences whose largest token is at position 0; massive;
-    and the room by ``ANCHORS``, octaves.
+    amax; over_rms, over_block (the 99.99th percentile of nonzero ones), over_token (median over
+    sequences of the median token): the amax over each; next: largest over next token, median; first:
+    share of sequences whose largest token is at position 0; massive; room by ``ANCHORS``, octaves.
     """
     rows = {}
     for site, tokens in run.tokens(run.featured_mix).groupby("site", observed=True, sort=False):
@@ -88,7 +85,6 @@ def check(runs: Mapping[str, Run]) -> int:
     ValueError
         If one differs at any site.
     """
-    count = 0
     for model, run in runs.items():
         tokens = run.tokens(run.featured_mix).groupby("site", observed=True).amax.max()
         policies = run.policies(run.featured_mix).query("policy == 'amax'").set_index("site")
@@ -98,16 +94,14 @@ def check(runs: Mapping[str, Run]) -> int:
                 raise ValueError(
                     f"{model} {site}: largest token {amax}, pool and policy {known}; expected equal."
                 )
-            count += 1
-    return count
+    return sum(len(run.policies(run.featured_mix).site.unique()) for run in runs.values())
 
 
 def seen_law(amaxes: np.ndarray, sizes, near: float = NEAR) -> pd.DataFrame:
     """What ``n`` random sequences of a pool show of its amax, exactly: columns n, share, probability.
 
-    Drawn without replacement from N sequences, the largest of n is at most the i-th smallest with
-    probability C(i, n) / C(N, n). ``share``: its expectation over the pool's amax; ``probability``: that
-    some sequence of the n comes within ``near`` of it (hypergeometric).
+    Without replacement, the largest of n is at most the i-th smallest with probability C(i, n) /
+    C(N, n). share: its mean over the pool's amax; probability: that one of the n comes within ``near``.
     """
     ordered = np.sort(np.asarray(amaxes, dtype=float))
     total, below = len(ordered), int((ordered < near * ordered[-1]).sum())
@@ -128,7 +122,7 @@ def doublings(total: int) -> list[int]:
 def seen_table(run: Run, sites: list[str]) -> dict[str, pd.DataFrame]:
     """``seen_law`` of each site over the calibration pool."""
     found = {site: tokens_at(run, site).amax.to_numpy() for site in sites}
-    return {site: seen_law(amaxes, doublings(len(amaxes))) for site, amaxes in found.items()}
+    return {site: seen_law(a, doublings(len(a))) for site, a in found.items()}
 
 
 def piece_table(run: Run, site: str, top: int = 6) -> pd.DataFrame:
@@ -146,14 +140,13 @@ def token_table(run: Run, sites: list[str]) -> pd.DataFrame:
     rows = {}
     for site in sites:
         t = tokens_at(run, site)
-        first = t[t.position == 0]
         rows[site] = {
             "amax of the pool": t.amax.max(),
             "largest token": t.amax.median(),
             "next token": t.next_amax.median(),
             "median token": t.median_amax.median(),
             "at position 0 (%)": 100 * (t.position == 0).mean(),
-            "pieces there": first.token.nunique(),
+            "pieces there": t[t.position == 0].token.nunique(),
             "channels": t.channel.nunique(),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -169,7 +162,7 @@ def over_amax(run: Run) -> pd.DataFrame:
 def clip_table(runs: Mapping[str, Run], run: Run, sites: list[str]) -> pd.DataFrame:
     """By policy: its range over the massive sites, and the share of each model's sites it clips.
 
-    To clip is to calibrate below the largest value of the calibration pool itself.
+    To clip is to calibrate below the pool's own largest value.
     """
     ratio = over_amax(run).loc[sites]
     table = pd.DataFrame({"lowest / amax": ratio.min(), "highest / amax": ratio.max()})
@@ -188,7 +181,7 @@ def kl_at(run: Run, policy: str, only: str = "") -> float:
 
 
 def clipping_costs(runs: Mapping[str, Run]) -> pd.DataFrame:
-    """KL with amax, with the clipping percentile and with headroom, whole and down_proj inputs only."""
+    """KL with amax, the clipping percentile and headroom, whole and down_proj inputs only."""
     rows = {
         (model, only or "all sites"): {p: kl_at(run, p, only) for p in ("amax", CLIPPER, "headroom")}
         for model, run in runs.items()
@@ -240,8 +233,7 @@ def layout_table(runs: Mapping[str, Run]) -> pd.DataFrame:
     """By model and layout: the spread of ``layout_octaves``, and how many sites move by a quarter."""
     rows = {}
     for model, run in runs.items():
-        moved = layout_octaves(run)
-        for layout, octaves in moved.items():
+        for layout, octaves in layout_octaves(run).items():
             rows[model, layout] = {
                 "lowest": octaves.min(), "median": octaves.median(), "highest": octaves.max(),
                 "at": octaves.abs().idxmax(),
@@ -272,8 +264,8 @@ def draw_sites(tables: Mapping[str, pd.DataFrame], factor: float) -> plt.Figure:
 def draw_seen(seen: Mapping[str, pd.DataFrame]) -> plt.Figure:
     """Expected share of the pool's amax, and the probability of a near one, by sequences."""
     fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True, sharex=True)
-    for i, (site, law) in enumerate(seen.items()):
-        look = {"color": GREYS[i % len(GREYS)], "linestyle": DASHES[i % len(DASHES)]}
+    for (site, law), color, dashes in zip(seen.items(), 2 * GREYS, 2 * DASHES, strict=False):
+        look = {"color": color, "linestyle": dashes}
         axes[0].plot(law.n, law.share, marker="o", ms=3, label=site, **look)
         axes[1].plot(law.n, law.probability, marker="o", ms=3, label=site, **look)
     axes[0].set_title("expected share of the pool's amax")
@@ -332,9 +324,9 @@ def advice(windows: pd.DataFrame) -> str:
     keep = min(times, key=lambda k: times[k] if times[k] < 0.9 else math.inf)
     verdict = f"Move the amax by {keep} octaves" if times[keep] < 0.9 else "Keep the amax there"
     return (
-        f"**{verdict}.** At amax such a site costs {beside:.2f} times what its kind does (median), so the "
-        f"model hardly notices the blocks outside. Moved by one octave down it costs {times['-1']:.2f} "
-        f"times as much, by 4, 8 and 12 octaves up {times['+4']:.2f}, {times['+8']:.2f} and "
+        f"**{verdict}.** At amax such a site costs {beside:.2f} times what its kind does (median), so "
+        f"the model hardly notices the blocks outside. One octave down it costs {times['-1']:.2f} "
+        f"times as much, 4, 8 and 12 octaves up {times['+4']:.2f}, {times['+8']:.2f} and "
         f"{times['+12']:.1f} times. With the 1st percentile of block amaxes as the lower end, "
         f"{(windows.p1 < 0).sum()} of {len(windows)} windows stay closed."
     )
@@ -344,10 +336,9 @@ def layout_prose(run: Run, seen: Mapping[str, pd.DataFrame]) -> str:
     """How far layouts move the massive sites, and what fewer sequences explain of it; Markdown."""
     if not seen:
         return ""
-    moved = layout_octaves(run).loc[list(seen)]
     sizes = run.layouts().groupby("layout", observed=True).sequences.first()
     parts = []
-    for name, octaves in moved.items():
+    for name, octaves in layout_octaves(run).loc[list(seen)].items():
         site, n = octaves.abs().idxmax(), int(sizes[name])
         expected = np.log2(seen_law(tokens_at(run, site).amax.to_numpy(), [n]).share.iloc[0])
         parts.append(f"{name} ({n} sequences) {octaves[site]:+.2f} at {site} ({expected:+.2f})")
