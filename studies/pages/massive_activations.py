@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from nvfp4_utils.histogram import Marginals
+from nvfp4_utils.hooks import SITES
 from nvfp4_utils.quantize import E4M3_NORMAL_RANGE
 from studies.runs.store import Run
 
@@ -245,7 +246,7 @@ def layout_table(runs: Mapping[str, Run]) -> pd.DataFrame:
 def draw_sites(tables: Mapping[str, pd.DataFrame], factor: float) -> plt.Figure:
     """Amax over the median token's, by layer; a marker per kind of site, massive ones in black."""
     fig, axes = plt.subplots(1, len(tables), figsize=(8.4, 3.6), sharey=True, squeeze=False)
-    markers = dict(zip(snr_tables.KINDS, "^svo", strict=True))
+    markers = dict(zip(SITES, "^svo", strict=True))
     for ax, (model, table) in zip(axes.flat, tables.items(), strict=True):
         layer = table.index.str.extract(r"\.(\d+)\.")[0].astype(int).to_numpy()
         for kind, marker in markers.items():
