@@ -93,9 +93,9 @@ $(BIN)/python:
 	@touch $@
 
 # Agg as an inherited backend would leave the pages without figures.
-# A page also depends on its own module in studies/pages, and the first page on those of the questions.
+# A page also depends on its own module in studies/pages, and the first page on those of the answers.
 .SECONDEXPANSION:
-$(EXECUTED)/index.ipynb: $(wildcard studies/pages/q?_*.py)
+$(EXECUTED)/index.ipynb: $(wildcard studies/pages/q?_*.py) studies/pages/what_to_set.py
 $(EXECUTED)/%.ipynb: notebooks/%.ipynb scripts/execute_notebook.py $(CODE) $$(wildcard studies/pages/$$*.py) \
 		$(DATA) .venv/.book
 	@mkdir -p $(@D)
