@@ -59,6 +59,11 @@ class MadeUpRun:
         rows = [(s, p, a) for s in SITES for p, a in (("calibration", calibration), ("test", test))]
         return pd.DataFrame(rows, columns=["site", "pool", "amax"])
 
+    def single_sites(self) -> pd.DataFrame:
+        rows = [(s, f"x2^{k}", loss * max(0, -k)) for s, loss in zip(SITES, (0.2, 0.1), strict=True)
+                for k in (-4, -2, 0, 4)]  # fmt: skip
+        return pd.DataFrame(rows, columns=["only", "policy", "kl"])
+
     def layouts(self) -> pd.DataFrame:
         sizes = {"packed, 512 tokens": 1.0, "packed, 2048 tokens": 8.0}
         return pd.DataFrame([(name, s, "amax", a) for name, a in sizes.items() for s in SITES],
@@ -89,6 +94,15 @@ def test_growth_is_of_other_text_and_of_length() -> None:
     assert ours == [-1, 3, 3]  # a over b, b over a, 2,048 tokens over 512
     published = growth[growth.prior == "published"].octaves
     assert published.mean() == pytest.approx(0, abs=1e-9)  # every pair is there both ways
+
+
+def test_clipping_costs_what_single_sites_lose_at_their_growth() -> None:
+    harm = page.clipping_harm(
+        made_up()[0], "a", "b"
+    )  # b's test amax is eight times a's calibration amax
+    assert harm.octaves.tolist() == [3, 3]
+    assert harm.kl[SITES].tolist() == pytest.approx([0.6, 0.3])
+    assert page.clipping_harm(made_up()[0], "b", "a").kl.tolist() == [0, 0]
 
 
 def test_percent_is_of_calibrations_of_equal_merit() -> None:
