@@ -34,7 +34,7 @@ ORDER = (
     "studies.pages",
     "notebooks",
 )
-SHARED_PAGES = {"block_shapes", "plots", "regimes", "snr_tables"}
+SHARED_PAGES = {"block_shapes", "loss_tables", "plots", "regimes", "snr_tables", "tails"}
 HELPER = sorted((ROOT / "nvfp4_utils").rglob("*.py"))
 STUDIES = sorted((ROOT / "studies").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -9,6 +9,7 @@ import html
 import io
 import itertools
 import json
+import re
 from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
@@ -58,6 +59,11 @@ KIND_COLORS = {kind: style.color for kind, style in KIND_STYLE.items()}
 OTHER_KIND = Style("other", "#b0b0b0", "x")  # of a site that is named by a pattern
 REGIME_COLORS = {"saturated": "#f6d5c3", "normal": "#ffffff", "subnormal": "#dbe9f4",
                  "underflow": "#d9d9d9"}  # fmt: skip
+
+
+def model_label(model_name: str) -> str:
+    """A run's ``model_name`` without its remarks, for panels and tables."""
+    return re.sub(r"^the embedded ", "", model_name.split(" (")[0].split(",")[0])
 
 
 def _display(kind: str, text: str) -> None:
