@@ -38,7 +38,8 @@ def models(run: str, runs: Sequence[str]) -> list[Run]:
 
 def short(run: Run) -> str:
     """A model's name for panels, tables and sentences."""
-    return model_label(run.model_name)
+    name = model_label(run.model_name)
+    return name if name[:1].isupper() else f"the {name}"
 
 
 def scope(runs: Sequence[Run]) -> str:
@@ -48,7 +49,7 @@ def scope(runs: Sequence[Run]) -> str:
     lengths = {run.info["texts"][run.featured_mix]["length"] for run in runs}
     return (
         f"{listed(about)}; {len(mixes)} {'mix' if len(mixes) == 1 else 'mixes'} of text, sequences of "
-        f"{span(lengths, 'd')} tokens; weights and everything but the sites' activations in bfloat16; flush"
+        f"{span(lengths, 'd')} tokens; all but the sites' activations in bfloat16; flush"
     )
 
 

@@ -51,7 +51,7 @@ class Answer:
     def text(self) -> str:
         """The numbers behind the verdict, in one or two sentences."""
         said = (
-            f"Amax is within {MEAN_DB} dB of the whole pool's SNR on average and within {HARM_DB} dB at "
+            f"From then on amax is within {MEAN_DB} dB of the whole pool's SNR on average and within {HARM_DB} dB at "
             f"every site; the slowest is {self.slowest}."
         )
         if np.isnan(self.halves):
@@ -99,7 +99,7 @@ def _sizes(run: Run) -> pd.DataFrame:
 
 
 def needed(table: pd.DataFrame) -> int:
-    """The size from which on ``loss_table`` keeps within ``MEAN_DB`` on average, ``HARM_DB`` anywhere."""
+    """The size from which on ``loss_table`` keeps within ``MEAN_DB`` in the mean, ``HARM_DB`` at worst."""
     over = table.index[(table["mean"] > MEAN_DB) | (table.worst > HARM_DB)]
     return int(table.index[table.index > over.max()][0]) if len(over) else int(table.index.min())
 
@@ -114,6 +114,18 @@ def late_sites(runs: Sequence[Run]) -> tuple[int, dict[str, list[str]]]:
         loss = last - sizes[sizes.n == n].set_index("site").snr_db
         found[loss_tables.short(run)] = list(loss.index[loss > HARM_DB])
     return n, found
+
+
+def late_text(runs: Sequence[Run]) -> str:
+    """``late_sites`` as a sentence, Markdown."""
+    n, late = late_sites(runs)
+    lost = [
+        f"{', '.join(f'`{site}`' for site in sites)} of {model}"
+        for model, sites in late.items()
+        if sites
+    ]
+    at = loss_tables.listed(lost) if lost else "no site of any model"
+    return f"With {n} sequences, a loss of more than {HARM_DB} dB is left at {at}."
 
 
 def long_table(runs: Sequence[Run]) -> pd.DataFrame:

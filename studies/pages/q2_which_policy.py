@@ -67,7 +67,7 @@ class Answer:
             return "`python -m studies.runs.capture_run --end-to-end` measures it."
         clip = [c["p99.99"][0] for c in self.change.values()]
         said = (
-            f"Clipping at p99.99 changes the model's KL divergence by {loss_tables.span(clip, '+.0f')} % "
+            f"Clipping at p99.99 changes the KL divergence by {loss_tables.span(clip, '+.0f')} % "
             f"against amax; amax raised in advance {self._range('raised')}."
         )
         dear = [f"{self.change[m]['headroom'][0]:.1f} % on {m}"
@@ -110,7 +110,8 @@ def headroom_below(run: Run) -> pd.Series:
 def compare(runs: Sequence[Run]) -> pd.DataFrame:
     """One row per policy, a column per model: change of KL against amax in percent, as text.
 
-    Mean over test mixes, each with its own calibration, and 95 % interval over sequences. The first rows are the amax's KL in nats per token and the noise.
+    Mean over test mixes, each with its own calibration, and 95 % interval over sequences. The
+    first rows are the amax's KL in nats per token and the noise.
     """
     found = answer(runs)
     first = {loss_tables.short(r): loss_tables.own_kl(r) for r in runs if loss_tables.has_loss(r)}

@@ -125,7 +125,7 @@ def compare(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def pair_table(run: Run, policy: str = "amax") -> pd.DataFrame:
-    """Every foreign pair of a run: calibration, test, worst site's loss of SNR (dB), change of KL (%)."""
+    """Every foreign pair of a run: calibration, test, worst site's loss of SNR (dB), KL (%)."""
     snr = snr_tables.foreign_losses(run, policy).astype({"calibration": str, "test": str})
     snr = snr.groupby(["calibration", "test"]).loss_db.max().rename("snr_db")
     kl = loss_tables.foreign_changes(run, policy)[0].droplevel("policy").rename("kl")
@@ -221,12 +221,24 @@ def one_domain_table(run: Run, foreign: pd.DataFrame, underflow: str) -> pd.Data
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+def after_norm(runs: Sequence[Run]) -> str:
+    """The largest loss of SNR of a foreign amax at inputs that follow a norm, by model, Markdown."""
+    found = []
+    for run in (run for run in runs if len(run.mixes) > 1):
+        losses = snr_tables.foreign_losses(run)
+        losses = losses[losses.site.map(snr_tables.site_kind).isin(AFTER_NORM)]
+        if len(losses):
+            top = losses.loc[losses.loss_db.idxmax()]
+            found.append(f"{top.loss_db:.2f} dB at {loss_tables.site_of(top.site, run)}")
+    return loss_tables.listed(found)
+
+
 def content_or_size(narrow: pd.DataFrame, broad: str) -> str:
-    """Whether what is in the set counts more than how much, one sentence; "" if it does not."""
+    """Whether what is in the set counts more than how much, one sentence; "" if that is not known."""
     if narrow.empty:
         return ""
     control = narrow[as_many(broad)]
-    if not control.max() <= HARM_DB < narrow["worst (dB)"].min():
+    if not 0 < control.max() <= HARM_DB < narrow["worst (dB)"].min():
         return ""
     return (
         f"What is in the set counts, not how much: {narrow.sequences.min()} random sequences of {broad} "
