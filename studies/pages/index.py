@@ -53,8 +53,9 @@ def recommendation(runs: Sequence[Run]) -> str:
         said = "**Set `input_scale` to `amax / 2688` of the text you will serve:** more room costs here."
     else:
         said = (
-            "**Set `input_scale` to `amax * 2**(room / 2) / 2688`,** the amax raised by half the octaves "
-            "that its smallest blocks leave: `input_scale_from_amax(policies.raised(statistics))`."
+            "**Set `input_scale` to `amax * 2**(room / 2) / 2688`,** the amax raised by half the "
+            "octaves that its smallest blocks leave: "
+            "`input_scale_from_amax(policies.raised(statistics))`."
         )
     said += f" Calibrate on about {max(size.enough.values())} sequences of mixed text."
     if max(policy.outcome("p99.99").values()) > 0:
@@ -107,15 +108,16 @@ def figure(runs: Sequence[Run]) -> tuple[plt.Figure, str, str]:
         ax.fill_between(curve.index, curve.low, curve.high, color=mark["color"], alpha=0.12, lw=0)
         for policy in MARKED:
             style = plots.POLICY_STYLE[policy]
-            ax.plot(octaves_above(run, policy), loss_tables.value(run, policy), style.marker, ms=8, ls="",
+            at = octaves_above(run, policy), loss_tables.value(run, policy)
+            ax.plot(*at, style.marker, ms=8, ls="",
                     color=style.color, mec="w", mew=0.6, zorder=4,
                     label=None if number else style.label)  # fmt: skip
     ax.set_yscale("log")
     ax.set(xlabel="octaves from the calibration's amax, all sites together",
            ylabel="KL from the unquantized model\n(nats per token, log)")  # fmt: skip
     ax.legend(fontsize=8, loc="upper center")
-    low = [loss_tables.sweep(run).kl.get(-2.0, np.nan) / loss_tables.value(run, "amax") for run in shown]
-    high = [loss_tables.sweep(run).kl.get(4.0, np.nan) / loss_tables.value(run, "amax") for run in shown]
+    curves = [loss_tables.sweep(run).kl for run in shown]
+    low, high = ([curve.get(octaves, np.nan) / curve[0] for curve in curves] for octaves in (-2.0, 4.0))
     told = (
         f"two octaves below the amax multiply KL by {loss_tables.span(low)}, four octaves above it by "
         f"{loss_tables.span(high, '.2f')}"
@@ -123,13 +125,13 @@ def figure(runs: Sequence[Run]) -> tuple[plt.Figure, str, str]:
         else "no run here holds the model's own loss"
     )
     caption = (
-        f"<strong>The output tells low from high: {told}.</strong> All sites' scales moved together; "
+        f"<strong>{told[:1].upper()}{told[1:]}.</strong> All sites' scales moved together; "
         "bands: 95 % intervals over test sequences. Policies are marked at their median distance from "
         "the amax over sites, with the KL that their own scales give. Featured mix of each model, flush."
     )
     alt = (
-        "KL falls steeply up to the calibration's amax, stays flat above it, and rises again where block "
-        f"scales underflow; {told}."
+        "KL falls steeply up to the calibration's amax, stays flat above it, and rises again where "
+        f"block scales underflow; {told}."
     )
     return fig, caption, alt
 

@@ -51,7 +51,8 @@ class Answer:
     def text(self) -> str:
         """The numbers behind the verdict, in one or two sentences."""
         said = (
-            f"From then on amax is within {MEAN_DB} dB of the whole pool's SNR on average and within {HARM_DB} dB at "
+            f"From then on amax is within {MEAN_DB} dB of the whole pool's SNR on average and within "
+            f"{HARM_DB} dB at "
             f"every site; the slowest is {self.slowest}."
         )
         if np.isnan(self.halves):
@@ -99,7 +100,7 @@ def _sizes(run: Run) -> pd.DataFrame:
 
 
 def needed(table: pd.DataFrame) -> int:
-    """The size from which on ``loss_table`` keeps within ``MEAN_DB`` in the mean, ``HARM_DB`` at worst."""
+    """The size from which on ``loss_table`` keeps to ``MEAN_DB`` in the mean, ``HARM_DB`` at worst."""
     over = table.index[(table["mean"] > MEAN_DB) | (table.worst > HARM_DB)]
     return int(table.index[table.index > over.max()][0]) if len(over) else int(table.index.min())
 

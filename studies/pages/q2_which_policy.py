@@ -87,8 +87,8 @@ class Answer:
 def answer(runs: Sequence[Run]) -> Answer:
     """Whether input_scale should always come from amax, by the model's output."""
     parts = {loss_tables.short(run): _parts(run) for run in runs if loss_tables.has_loss(run)}
-    change, noise, below = ({model: part[i] for model, part in parts.items()} for i in range(3))
-    return Answer(change, noise, below)
+    return Answer({m: p[0] for m, p in parts.items()}, {m: p[1] for m, p in parts.items()},
+                  {m: p[2] for m, p in parts.items()})  # fmt: skip
 
 
 @lru_cache(maxsize=8)
