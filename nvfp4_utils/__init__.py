@@ -4,10 +4,10 @@
 
 from . import policies
 from .histogram import Marginals
-from .hooks import SiteStatistics, capture, find_sites, hooked
+from .hooks import capture, find_sites, hooked
 from .policies import POLICIES, calibrate
 from .quantize import fake_quantize, input_scale_from_amax
-from .statistics import ActivationStatistics
+from .statistics import ActivationStatistics, SiteStatistics
 
 __all__ = [
     "POLICIES",

@@ -90,7 +90,13 @@ def joint_histogram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             "bfloat16 model feeds its quantizers."
         )
     check_tensor(x)
-    blocks = x.detach().contiguous().view(torch.int16).view(-1, BLOCK_SIZE)
+    # Threads do not inherit the caller's inference mode; tensors made in it could not be written there.
+    with torch.inference_mode(False):
+        return _joint_histogram(x.detach())
+
+
+def _joint_histogram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = x.contiguous().view(torch.int16).view(-1, BLOCK_SIZE)
     count = count_on_device if x.is_cuda and x.dtype == torch.bfloat16 else count_on_cpu
     keys = counts = torch.zeros(0, dtype=torch.int64, device=x.device)
     for part in blocks.split(MAX_BLOCKS):

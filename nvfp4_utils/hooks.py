@@ -11,16 +11,15 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from .statistics import ActivationStatistics
+from .statistics import ActivationStatistics, SiteStatistics
 
 # The modules whose first input is the site's activation. The projections that read the same input
 # (q, k, v; gate, up; the linear-attention in_projs) share one site and one input_scale.
@@ -33,25 +32,6 @@ SITES = {
 }
 
 CLOSED_BYTES = 2**32  # of tables of complete groups that have not been turned sparse
-
-
-@dataclass
-class SiteStatistics:
-    """What ``capture`` keeps of one site.
-
-    ``groups``: statistics of consecutive groups of ``group_size`` sequences (the last may hold
-    fewer), the unit of bootstrap intervals. ``sequence_amax``: float64 [sequences], the largest
-    magnitude of each sequence, so that any subset's amax is known.
-    """
-
-    group_size: int
-    groups: list[ActivationStatistics] = field(default_factory=list)
-    sequence_amax: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-
-    @property
-    def total(self) -> ActivationStatistics:
-        """The groups' sum."""
-        return ActivationStatistics.merged(self.groups)
 
 
 class _Counter:
@@ -138,6 +118,15 @@ class _Counters:
             if self.sparse_bytes > self.room:  # slow, as the host waits for each, but it ends
                 oldest.statistics = oldest.statistics.to("cpu")
 
+    def check(self, fed: int) -> None:
+        """Refuse a site that has not seen every sequence once: an expert, a repeated module."""
+        for label, amaxes in self.amaxes.items():
+            if (seen := sum(map(len, amaxes))) != fed:
+                raise ValueError(
+                    f"{label} saw {seen} sequences of {fed}; expected each once. Its module runs not "
+                    "once a forward, or another forward runs too. Leave this site out."
+                )
+
     def finish(self, label: str) -> SiteStatistics:
         """The site's statistics; waits for the device."""
         counters = self.sites[label]
@@ -151,6 +140,8 @@ def find_sites(model: nn.Module, sites: Sequence[str]) -> dict[str, nn.Module]:
 
     Labels are ``layers.<i>.<site>``, or the module's own name for a regular expression.
     """
+    if isinstance(sites, str):
+        raise TypeError(f"sites is the text {sites!r}; expected a list of names, [{sites!r}].")
     found: dict[str, nn.Module] = {}
     for site in sites:
         before = len(found)
@@ -161,7 +152,13 @@ def find_sites(model: nn.Module, sites: Sequence[str]) -> dict[str, nn.Module]:
         for name, module in model.named_modules():
             match = pattern.fullmatch(name)
             if match:
-                found[f"layers.{match[1]}.{site}" if site in SITES else name] = module
+                label = f"layers.{match[1]}.{site}" if site in SITES else name
+                if label in found and found[label] is not module:
+                    raise ValueError(
+                        f"a second module, {name!r}, is {label!r} too; expected one. Pass a part of the "
+                        "model, such as its decoder, or a regular expression."
+                    )
+                found[label] = module
         if len(found) == before:
             linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
             raise ValueError(
@@ -202,6 +199,18 @@ def hooked(
             module.training = flag
         for handle in handles:
             handle.remove()
+
+
+def _by_sequence(label: str, x: torch.Tensor, sequences: int, tokens: int) -> torch.Tensor:
+    """An activation [sequences, tokens, ...], also where a module sees [sequences * tokens, width]."""
+    if x.ndim == 2 and len(x) == sequences * tokens:
+        return x.view(sequences, tokens, -1)
+    if x.shape[:2] != (sequences, tokens):
+        raise ValueError(
+            f"{label} saw shape {tuple(x.shape)}; expected [{sequences}, {tokens}, ...]: its tokens "
+            "belong to no sequence. Leave this site out."
+        )
+    return x
 
 
 def capture(
@@ -253,14 +262,17 @@ def capture(
     mask: torch.Tensor | None = None  # of this batch, on the device
     padding: list[int] = []  # tokens a sequence of this batch
     first = 0  # sequences seen before this batch
+    shape = (0, 0)  # sequences and tokens of this batch
 
     def count(label: str, x: torch.Tensor) -> None:
+        x = _by_sequence(label, x, *shape)
         keep = mask.bool().to(x.device) if mask is not None else None
         counters.add(label, x, first, keep, padding)
 
     with torch.no_grad(), hooked(model, sites, count) as found:
         for batch in tqdm(batches, desc="capture", unit="batch", disable=not progress):
-            inputs = batch if isinstance(batch, dict) else {"input_ids": batch}
+            inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+            shape = tuple(inputs["input_ids"].shape)
             mask = inputs.get("attention_mask")
             padding = [] if mask is None else (mask == 0).sum(dim=1).tolist()
             # The host goes on to launch this batch while the device still computes the last one.
@@ -268,7 +280,8 @@ def capture(
             mask = inputs.get("attention_mask")
             # The head's logits are not needed, only the layers' inputs.
             getattr(model, "model", model)(**inputs)
-            first += len(inputs["input_ids"])
+            first += shape[0]
+            counters.check(first)
     if not counters.sites:
         raise ValueError(
             f"no batch reached the sites {list(found)[:4]}; expected at least one batch of "

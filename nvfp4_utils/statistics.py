@@ -10,6 +10,7 @@ holds everything that MSE(g), every percentile and every amax need, and histogra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -273,3 +274,22 @@ class ActivationStatistics:
                 "header says. It is damaged: capture it again."
             )
         return cls(DTYPE_NAMES[metadata["dtype"]], block << CODE_BITS | element, counts)
+
+
+@dataclass
+class SiteStatistics:
+    """What ``capture`` keeps of one site.
+
+    ``groups``: statistics of consecutive groups of ``group_size`` sequences (the last may hold
+    fewer), the unit of bootstrap intervals. ``sequence_amax``: float64 [sequences], the largest
+    magnitude of each sequence, so that any subset's amax is known.
+    """
+
+    group_size: int
+    groups: list[ActivationStatistics] = field(default_factory=list)
+    sequence_amax: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+
+    @property
+    def total(self) -> ActivationStatistics:
+        """The groups' sum."""
+        return ActivationStatistics.merged(self.groups)

@@ -76,3 +76,12 @@ def test_sites_by_kind_keep_their_order() -> None:
         "o_proj_input": ["layers.0.o_proj_input"],
         "mlp_input": ["layers.1.mlp_input", "layers.0.mlp_input"],
     }
+
+
+def test_smollm2_is_run_where_it_was_fetched(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("NVFP4_MODELS", str(tmp_path))
+    assert capture.default_model() == "reference"
+    (tmp_path / "smollm2").mkdir()
+    (tmp_path / "smollm2" / "model.safetensors").touch()
+    assert capture.default_model() == "smollm2"
+    assert capture.title("smollm2").startswith("SmolLM2-135M") and capture.title("a/b") == "a/b"

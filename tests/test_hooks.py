@@ -9,7 +9,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from nvfp4_utils import ActivationStatistics, capture  # noqa: E402
+from nvfp4_utils import ActivationStatistics, capture, find_sites  # noqa: E402
 from nvfp4_utils.hooks import SITES  # noqa: E402
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 4, 64, 128, 97
@@ -225,3 +225,70 @@ def test_a_pretrained_bert(monkeypatch):
     expected = ActivationStatistics.from_tensor(x[batch["attention_mask"].bool()])
     assert same(found["layers.3.down_proj_input"].total, expected)
     assert found["layers.3.down_proj_input"].total.snr_db(expected.amax / 2688) > 10
+
+
+def test_two_dimensional_activations_belong_to_their_sequences(model):
+    """Mixtures hand their experts [sequences * tokens, width]."""
+
+    class Flat(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.model = inner, None
+
+        def forward(self, x):
+            return self.inner(x.flatten(0, 1)).view(*x.shape[:2], -1)
+
+    layer = model.model.layers[1].mlp
+    plain = capture(model, list(tokens(6, 12).split(2)), ["mlp_input"], group_size=4, progress=False)
+    model.model.layers[1].mlp = Flat(layer)
+    try:
+        sites = [r"model\.layers\.1\.mlp\.inner"]
+        found = capture(model, list(tokens(6, 12).split(2)), sites, group_size=4, progress=False)
+    finally:
+        model.model.layers[1].mlp = layer
+    flat, expected = found["model.layers.1.mlp.inner"], plain["layers.1.mlp_input"]
+    assert flat.sequence_amax.tolist() == expected.sequence_amax.tolist()
+    assert [same(a, b) for a, b in zip(flat.groups, expected.groups, strict=True)] == [True, True]
+
+
+def test_a_module_that_runs_twice_a_forward_is_refused(model):
+    layers = model.model.layers
+    kept, layers[1].mlp = layers[1].mlp, layers[0].mlp
+    message = (
+        "layers.0.mlp_input saw 4 sequences of 2; expected each once. Its module runs not once a "
+        "forward, or another forward runs too. Leave this site out."
+    )
+    try:
+        with raises(ValueError, message):
+            capture(model, list(tokens(6, 12).split(2)), ["mlp_input"], progress=False)
+    finally:
+        layers[1].mlp = kept
+
+
+def test_modules_that_would_share_a_label_are_refused():
+    config = transformers.BartConfig(
+        vocab_size=50, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+    )  # fmt: skip
+    bart = transformers.BartForConditionalGeneration(config)
+    message = r"^a second module, 'model\.decoder\.layers\.0\.self_attn\.q_proj'"
+    with pytest.raises(ValueError, match=message):
+        find_sites(bart, ["attention_input"])
+
+
+def test_a_text_is_no_list_of_sites(model):
+    with raises(TypeError, "sites is the text 'mlp_input'; expected a list of names, ['mlp_input']."):
+        find_sites(model, "mlp_input")
+
+
+def test_counting_works_under_inference_mode_and_with_a_tokenizers_output(model):
+    ids = tokens(3, 12)
+    expected = capture(model, [ids], ["mlp_input"], progress=False)
+    batch = transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    with torch.inference_mode():
+        found = capture(model, [batch], ["mlp_input"], progress=False)
+        x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+        counted = ActivationStatistics.from_tensor(x)
+    assert same(counted, ActivationStatistics.from_tensor(x.clone()))
+    for label, site in found.items():
+        assert same(site.total, expected[label].total)

@@ -122,8 +122,9 @@ def test_the_helper_is_small() -> None:
     modules = [p for p in HELPER if p.name != "__init__.py"]
     lines = {module_name(p): len(p.read_text().splitlines()) for p in HELPER}
     assert len(modules) <= 10
-    # 2,200 at the split; the block-weighted SNR and the policies that use the room above came after.
-    assert sum(lines.values()) <= 2300
+    # 2,200 at the split. After it came the block-weighted SNR, the policies that use the room above the
+    # amax, and the checks that a site sees every sequence once.
+    assert sum(lines.values()) <= 2350
     assert max(lines.values()) <= 300, lines
     assert len(list((ROOT / "nvfp4_utils").rglob("*.cu"))) == 1
 
@@ -188,7 +189,8 @@ def test_touching_a_page_module_reruns_one_notebook(tmp_path: Path) -> None:
         (tmp_path / notebook.name).touch()
 
     def rerun(touched: str) -> set[str]:
-        command = ["make", "-n", "-o", ".venv/.book", "-W", touched, f"EXECUTED={tmp_path}",
+        command = ["make", "-n", "-o", ".venv/.book", "-o", "models/downloaded/.asked",
+                   "-W", touched, f"EXECUTED={tmp_path}",
                    *(f"{tmp_path}/{n.name}" for n in NOTEBOOKS)]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True,
                               env={k: v for k, v in os.environ.items() if k != "MAKEFLAGS"})  # fmt: skip

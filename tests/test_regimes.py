@@ -12,7 +12,7 @@ import torch
 from nvfp4_utils import fake_quantize, input_scale_from_amax
 from nvfp4_utils.quantize import block_scale_e4m3
 from nvfp4_utils.statistics import ActivationStatistics
-from studies.pages import reference_model, regimes
+from studies.pages import regimes
 
 
 def marginals_of(*block_amaxes: float):
@@ -82,12 +82,3 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError) as error:
         regimes.worked_block(torch.ones(8), 1.0)
     assert str(error.value) == "x has shape (8,); expected one block, (16,)."
-
-
-def test_missing_weights_are_named(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError) as error:
-        reference_model.load(tmp_path)
-    assert str(error.value) == (
-        f"no model.safetensors in {tmp_path}; expected the weights of the reference model. Clone "
-        "the repository whole, or train it again: `python scripts/train_reference.py train`."
-    )

@@ -13,6 +13,7 @@ import pandas as pd
 from nvfp4_utils import SiteStatistics
 from nvfp4_utils.histogram import Marginals
 from nvfp4_utils.quantize import E4M3_NORMAL_RANGE
+from studies.data import models
 
 from . import plots, regimes
 from .snr_tables import site_kind
@@ -113,3 +114,17 @@ def uneven_prose(found: Mapping[str, SiteStatistics], calibration: int) -> str:
         f"At {site}, where sequences differ most, the amax of all {calibration} is {ratio[site]:.1f} "
         f"times that of the median sequence, {np.log2(ratio[site]):.1f} octaves."
     )
+
+
+def default_model() -> str:
+    """``smollm2`` where it has been fetched, else the model of the repository."""
+    try:
+        models.resolve("smollm2")
+    except FileNotFoundError:
+        return "reference"
+    return "smollm2"
+
+
+def title(model: str) -> str:
+    """How the page calls a model."""
+    return models.MODELS[model].title if model in models.MODELS else model

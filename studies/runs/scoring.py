@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 
 from nvfp4_utils.histogram import Marginals, codes_to_values
-from nvfp4_utils.hooks import SiteStatistics
 from nvfp4_utils.quantize import (
     BLOCK_SIZE,
     E4M3_MAX,
@@ -21,7 +20,7 @@ from nvfp4_utils.quantize import (
     four_over_six_reference,
     input_scale_from_amax,
 )
-from nvfp4_utils.statistics import ActivationStatistics
+from nvfp4_utils.statistics import ActivationStatistics, SiteStatistics
 
 from . import plan
 from .settings import FOUR_OVER_SIX, STATIC

@@ -91,8 +91,8 @@ class Run:
     """A captured run: ``Run()`` is the stored reference, ``Run("name")`` one in ``results`` or ``runs``.
 
     Tables (pandas) of a mix: ``sequences``, ``tokens``, ``subsets``, ``groups``, ``curves``, ``errors``,
-    ``metrics``, ``windows``; of the run: ``end_to_end``, ``end_to_end_sequences``, ``single_sites``,
-    ``layouts``. ``marginals(mix, site, pool)`` and ``joint(mix, site)`` give statistics.
+    ``metrics``, ``windows``; of the run: ``end_to_end``, ``end_to_end_sequences``, ``end_to_end_snr``,
+    ``single_sites``, ``layouts``. ``marginals(mix, site, pool)`` and ``joint(mix, site)``: statistics.
 
     Raises
     ------
@@ -205,6 +205,13 @@ class Run:
     def end_to_end_sequences(self) -> pd.DataFrame:
         """The labels of ``end_to_end``, sequence, kl, nll, top1: for paired differences."""
         return self._table("end_to_end_sequences")
+
+    def end_to_end_snr(self) -> pd.DataFrame:
+        """The labels of ``end_to_end``, site, token_snr_db: each site's SNR by token, of the first mix.
+
+        Measured in the model whose other sites are quantized too.
+        """
+        return self._table("end_to_end_snr")
 
     def single_sites(self) -> pd.DataFrame:
         """``end_to_end`` of one quantized site at a time, named by ``only``."""

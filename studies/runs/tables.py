@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from nvfp4_utils.histogram import Marginals
-from nvfp4_utils.hooks import SiteStatistics
+from nvfp4_utils.statistics import SiteStatistics
 
 from .plan import half_amaxes
 
