@@ -99,10 +99,10 @@ models/downloaded/.asked: .venv/.book
 	@touch $@
 
 # Agg as an inherited backend would leave the pages without figures.
-# A page also depends on its own module in studies/pages, and the first page on those of the questions.
+# A page also depends on its own module in studies/pages, and the first page on those of the answers.
 .SECONDEXPANSION:
 $(EXECUTED)/capture.ipynb $(EXECUTED)/models.ipynb: models/downloaded/.asked
-$(EXECUTED)/index.ipynb: $(wildcard studies/pages/q?_*.py)
+$(EXECUTED)/index.ipynb: $(wildcard studies/pages/q?_*.py) studies/pages/what_to_set.py
 $(EXECUTED)/%.ipynb: notebooks/%.ipynb scripts/execute_notebook.py $(CODE) $$(wildcard studies/pages/$$*.py) \
 		$(DATA) .venv/.book
 	@mkdir -p $(@D)

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 
 from studies import ROOT
 from studies.runs.store import Run
 
-from . import loss_tables, plots, q1_more_calibration, q2_which_policy, q3_which_dataset
+from . import loss_tables, plots, q1_more_calibration, q2_which_policy, q3_which_dataset, what_to_set
 
 README = ROOT / "README.md"
 FIGURE = ROOT / "book" / "_static" / "headline.svg"
@@ -42,52 +41,6 @@ def sentences(runs: Sequence[Run]) -> list[str]:
 def scope(runs: Sequence[Run]) -> str:
     """What the answers are measured on, and what they are not, Markdown."""
     return f"Scope: {loss_tables.scope(runs)}. {q2_which_policy.published_accuracy()} {NOT_HERE}"
-
-
-def recommendation(runs: Sequence[Run]) -> str:
-    """What to set, Markdown: only what the runs' own answers support."""
-    size, policy, dataset = (page.answer(runs) for page in QUESTIONS.values())
-    if not dataset.worst:
-        return "**One mix, or no loss of the model, cannot tell what to set.**"
-    if dataset.hurt("raised") or max(policy.outcome("raised").values()) > 0:
-        said = "**Set `input_scale` to `amax / 2688` of the text you will serve:** more room costs here."
-    else:
-        said = (
-            "**Set `input_scale` to `amax * 2**(room / 2) / 2688`,** the amax raised by half the "
-            "octaves that its smallest blocks leave: "
-            "`input_scale_from_amax(policies.raised(statistics))`."
-        )
-    said += f" Calibrate on about {max(size.enough.values())} sequences of mixed text."
-    if max(policy.outcome("p99.99").values()) > 0:
-        said += " Never clip by percentile."
-    return said
-
-
-def decisions(runs: Sequence[Run]) -> pd.DataFrame:
-    """What each choice changes of KL (%) in the case it is for: a row a case, a column a model."""
-    cases = {
-        ("text may change", "raised"): "foreign",
-        ("the same, only amax", "amax"): "foreign",
-        ("text is known", "raised"): "own",
-        ("headroom as published", "headroom"): "own",
-        ("no calibration", "constant"): "own",
-        ("a scale while it runs", "dynamic per sequence"): "own",
-        ("to clip outliers", "p99.99"): "own",
-        ("another quantizer", "four-over-six"): "own",
-    }
-    rows = {}
-    for (case, policy), text in cases.items():
-        row = {"set": q2_which_policy.label(policy)}
-        for run in (run for run in runs if loss_tables.has_loss(run)):
-            if text == "own":
-                change = loss_tables.own_change(run, policy)
-            elif len(run.mixes) > 1:
-                change = q3_which_dataset.worst_pair(run, policy)[0]
-            else:
-                change = (np.nan,) * 3
-            row[loss_tables.short(run)] = loss_tables.cell(change)
-        rows[case] = row
-    return pd.DataFrame(rows).T
 
 
 def octaves_above(run: Run, policy: str) -> float:
@@ -139,7 +92,7 @@ def figure(runs: Sequence[Run]) -> tuple[plt.Figure, str, str]:
 def readme_block(runs: Sequence[Run]) -> str:
     """The results block of README.md, Markdown."""
     numbered = [f"{i}. {line}" for i, line in enumerate(sentences(runs), 1)]
-    return "\n".join([recommendation(runs), "", *numbered, "", scope(runs)])
+    return "\n".join([what_to_set.recommendation(tuple(runs)), "", *numbered, "", scope(runs)])
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 """What activation scales do to the output of one model or several: KL by policy, and its noise.
 
 KL is the mean over tokens of ``sum p log(p / q)`` in nats, ``p`` the unquantized model's distribution of
-the next token and ``q`` the quantized one's. A change is in percent of the KL that the amax of the
-test mix's own calibration gives; only activations are quantized, with the flush convention.
+the next token and ``q`` the quantized one's. A change is in percent of the KL of calibrations of equal
+merit on the test mix's own text: the mean over the amax of its pool and of the pool's random halves. Only activations are quantized, with the flush convention.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from studies.runs.store import Run
 
 from .plots import model_label
 
-HALF = "amax of half"
+EQUAL_MERIT = r"amax$|amax of half \d+$"
 HARM_PERCENT = 5.0  # the rise of KL from which on the pages speak of a loss
 MODEL_MARKS = (
     ("o", "-", "#000000"),
@@ -115,13 +115,16 @@ def _changes(run: Run, tests: tuple[str, ...]) -> pd.DataFrame:
         table = sequence_kl(run, test)
         weights = resamples(len(table), seed=seed)
         sums = np.vstack([np.ones(len(table)), weights]) @ table.to_numpy()
-        amax = sums[:, [table.columns.get_loc((test, "amax"))]]
-        parts.append(pd.DataFrame(100 * (sums / amax - 1).T, index=table.columns))
+        policy = table.columns.get_level_values("policy")
+        merit = (table.columns.get_level_values("calibration") == test) & policy.str.match(EQUAL_MERIT)
+        parts.append(
+            pd.DataFrame(100 * (sums / sums[:, merit].mean(1, keepdims=True) - 1).T, index=table.columns)
+        )
     return pd.concat(parts, keys=tests, names=["test"])
 
 
 def changes(run: Run, tests: Iterable[str] = ()) -> pd.DataFrame:
-    """Change of KL against the amax of the test's own calibration, in percent.
+    """Change of KL against calibrations of equal merit on the test's own text, in percent.
 
     Rows (test, calibration, policy); column 0 is the measured change, the others bootstrap draws over
     sequences, the same sequences for both. ``tests``: the run's mixes unless given.
@@ -162,13 +165,13 @@ def own_kl(run: Run, policy: str = "amax") -> float:
 
 
 def noise_floor(table: pd.DataFrame) -> dict[str, float]:
-    """Spread of calibrations of equal merit, the amax of random halves, in percent of KL.
+    """Spread of calibrations of equal merit, the amax of a pool and of its halves, in percent of KL.
 
-    ``pair``: largest change to the amax at one test mix; ``mean``: largest of the means over tests;
-    ``draws``: how many halves. ``table``: what ``changes`` gives.
+    ``pair``: largest distance from their mean at one test mix; ``mean``: largest of the means over
+    tests; ``draws``: how many. ``table``: what ``changes`` gives.
     """
-    policy = table.index.get_level_values("policy")
-    halves = table[policy.str.startswith(HALF)][0]
+    test, calibration, policy = (table.index.get_level_values(i) for i in range(3))
+    halves = table[(calibration == test) & policy.str.match(EQUAL_MERIT)][0]
     means = halves.groupby("policy").mean()
     return {"pair": float(halves.abs().max()), "mean": float(means.abs().max()), "draws": len(means)}
 

@@ -29,7 +29,7 @@ class Answer:
     """From how many sequences on amax has nothing to gain, by model.
 
     ``enough`` and ``pool``: model -> sequences. ``slowest``: the site that needs most, and its model.
-    ``halves``: largest change of KL, in percent, between half a pool and all of it; NaN if not measured.
+    ``halves``: how far amaxes of half a pool and of all of it lie from their mean in KL, percent, or NaN.
     """
 
     enough: dict[str, int]
@@ -57,7 +57,7 @@ class Answer:
         )
         if np.isnan(self.halves):
             return said
-        return f"{said} Half of a pool changes the model's KL divergence by at most {self.halves:.1f} %."
+        return f"{said} Half of a pool or all of it: KL lies within {self.halves:.1f} % of the mean."
 
 
 def answer(runs: Sequence[Run]) -> Answer:
@@ -75,8 +75,8 @@ def answer(runs: Sequence[Run]) -> Answer:
 def compare(runs: Sequence[Run]) -> pd.DataFrame:
     """One row per model: pool, sequences that are enough, losses of a single one, slowest site, KL.
 
-    ``halves (%)``: the largest change of KL between the amax of a random half of a pool and of all of
-    it, over halves and test mixes: how far apart calibrations of equal merit lie.
+    ``halves (%)``: how far the KL of the amax of random halves of a pool, and of all of it, lies from
+    their mean, at most, over test mixes: the noise of calibrations of equal merit.
     """
     return pd.DataFrame({loss_tables.short(run): _row(run) for run in runs}).T.infer_objects()
 

@@ -30,7 +30,7 @@ RIPPLE_POLICIES = ("amax", "headroom", "constant")  # that should differ by the 
 
 @dataclass(frozen=True)
 class Answer:
-    """What policies change of KL against amax, each calibrated on the text it is tested on.
+    """What policies change of KL against amaxes of equal merit, each calibrated on the text it is tested on.
 
     ``change``: model -> policy -> percent and its 95 % interval; ``noise``: model -> the change of
     calibrations of equal merit, percent; ``below``: model -> sites where headroom lies below the amax.
@@ -68,7 +68,7 @@ class Answer:
         clip = [c["p99.99"][0] for c in self.change.values()]
         said = (
             f"Clipping at p99.99 changes the KL divergence by {loss_tables.span(clip, '+.0f')} % "
-            f"against amax; amax raised in advance {self._range('raised')}."
+            f"against the amax; raised, it in advance {self._range('raised')}."
         )
         dear = [f"{self.change[m]['headroom'][0]:.1f} % on {m}"
                 for m, way in self.outcome("headroom").items() if way > 0]  # fmt: skip
@@ -80,8 +80,10 @@ class Answer:
 
     def _range(self, policy: str) -> str:
         if not any(self.outcome(policy).values()):
-            return "stays within the noise"
-        return f"by {loss_tables.span([c[policy][0] for c in self.change.values()], '+.1f')} %"
+            return "stays within the noise of equal calibrations"
+        return (
+            f"changes it by {loss_tables.span([c[policy][0] for c in self.change.values()], '+.1f')} %"
+        )
 
 
 def answer(runs: Sequence[Run]) -> Answer:
@@ -108,7 +110,7 @@ def headroom_below(run: Run) -> pd.Series:
 
 
 def compare(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row per policy, a column per model: change of KL against amax in percent, as text.
+    """One row per policy, a column per model: change of KL in percent, as text.
 
     Mean over test mixes, each with its own calibration, and 95 % interval over sequences. The
     first rows are the amax's KL in nats per token and the noise.
@@ -151,7 +153,7 @@ def models_figure(found: Answer) -> plt.Figure:
     ax.set_xlim(-30, None)
     ax.set_yticks(range(len(SHOWN)), [label(p) for p in SHOWN])
     ax.invert_yaxis()
-    ax.set_xlabel("change of KL against amax (%, symlog)")
+    ax.set_xlabel("change of KL against amaxes of equal merit (%, symlog)")
     ax.legend(fontsize=8, loc="lower right")
     return fig
 

@@ -149,7 +149,7 @@ def models_figure(runs: Sequence[Run]) -> plt.Figure:
     ax.set_xticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
     ax.set_xlim(-0.02, None)
     ax.set(xlabel="loss of SNR at the worst site (dB, symlog)",
-           ylabel="change of KL against\nthe own calibration's amax (%, symlog)")  # fmt: skip
+           ylabel="change of KL against amaxes\nof the own text (%, symlog)")  # fmt: skip
     ax.legend(fontsize=8)
     return fig
 
