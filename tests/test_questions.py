@@ -14,6 +14,7 @@ import pytest
 from nvfp4_utils import POLICIES, input_scale_from_amax, policies
 from studies.pages import (
     index,
+    loss_tables,
     q1_more_calibration,
     q2_which_policy,
     q3_which_dataset,
@@ -22,7 +23,7 @@ from studies.pages import (
 from studies.runs import synthetic
 from studies.runs.store import Run
 
-SPIKE = {"flush": 17.66, "floor": 2.43}
+RUNS = ("smollm2", "gemma3", "")
 
 
 @pytest.fixture(scope="module")
@@ -30,137 +31,151 @@ def run():
     return Run()
 
 
-class MadeUpRun:
-    """Two mixes, two sites: amax and headroom calibrated on "other" lose what they are told to."""
-
-    mixes, featured_mix = ("home", "other"), "home"
-    sites = ("layers.0.mlp_input", "layers.0.o_proj_input")
-
-    def __init__(self, amax_db: float, headroom_db: float, gap_db: float = 0.01) -> None:
-        self.lost = {"amax": amax_db, "headroom": headroom_db}
-        self.gap_db = gap_db
-
-    def errors(self, mix: str) -> pd.DataFrame:
-        """The oracle's error is 1; a foreign calibration costs only at the second site."""
-        rows = [(s, "test", "oracle", u, 1.0, g, 1.0) for s in self.sites for u in ("flush", "floor")
-                for g in range(3)]  # fmt: skip
-        cases = itertools.product(
-            self.sites, self.mixes, ("amax", "headroom", "p99.99"), ("flush", "floor")
-        )
-        for site, source, policy, underflow in cases:
-            far = source != mix and site == self.sites[1]
-            loss = self.gap_db + (self.lost.get(policy, 0.0) if far else 0.0)
-            rows += [(site, source, policy, underflow, 1.0, g, 10 ** (loss / 10)) for g in range(3)]
-        return pd.DataFrame(rows, columns=["site", "calibration", "policy", "underflow",
-                                           "calibrated_amax", "group", "mse"])  # fmt: skip
-
-    def groups(self, mix: str) -> pd.DataFrame:
-        rows = [(site, g, 16, 100.0) for site in self.sites for g in range(3)]
-        return pd.DataFrame(rows, columns=["site", "group", "count", "signal_power"])
+@pytest.fixture(scope="module")
+def runs():
+    return loss_tables.models("", RUNS)
 
 
-def numbers(text: str) -> set[str]:
-    """The numbers of a text, without those in names of policies."""
-    return set(re.findall(r"\d[\d,.]*\d|\d", re.sub(r"p99[.\d]*|[\w-]*-[\w-]*", "", text)))
+def numbers(text: str, runs) -> set[str]:
+    """The numbers of a text, without those in names of models, sites, mixes and policies."""
+    for run in runs:
+        text = text.replace(loss_tables.short(run), "")
+    return set(
+        re.findall(r"\d[\d,.]*\d|\d", re.sub(r"`[^`]*`|p99[.\d]*|[A-Za-z][\w-]*-[\w-]*", "", text))
+    )
 
 
-def test_answers_are_short_and_have_few_numbers(run):
+def test_answers_are_short_and_have_few_numbers(runs):
     for page in index.QUESTIONS.values():
-        found = page.answer(run)
+        found = page.answer(runs)
         said = f"{found.verdict} {found.text}"
         assert len(re.findall(r"[.:](?: |$)", said)) <= 5
-        assert len(numbers(said)) <= 4, said
+        assert len(numbers(said, runs)) <= 4, said
 
 
-def test_the_first_page_and_the_readme_say_what_the_pages_say(run):
-    block = index.readme_block(run)
+def test_the_first_page_and_the_readme_say_what_the_pages_say(runs):
+    block = index.readme_block(runs)
     for question, page in index.QUESTIONS.items():
-        found = page.answer(run)
+        found = page.answer(runs)
         assert f"**{question} {found.verdict}** {found.text}" in block
     assert q2_which_policy.published_accuracy() in block
     assert "+0.99 to -0.89 points over 3 models and 3 benchmarks" in block
-    assert index.recommendation(run) in block
+    assert all(loss_tables.short(run) in index.scope(runs) for run in runs)
 
 
-def test_answers_of_the_stored_run(run):
-    size, policy, dataset = (page.answer(run) for page in index.QUESTIONS.values())
-    assert size.verdict == "Up to about 64 sequences, yes; beyond, no."
-    assert (size.pool, size.enough) == (512, 64)
-    assert size.one == pytest.approx(0.543, abs=5e-4) and size.worst == pytest.approx(0.005, abs=5e-4)
-    assert size.spike == pytest.approx(SPIKE, abs=0.01)
-    assert policy.verdict == "No: on other text amax fails, and headroom does not."
-    assert policy.gap["amax"] == pytest.approx(0.019, abs=5e-4)
-    assert policy.foreign == pytest.approx({"amax": 10.423, "headroom": 0.032}, abs=5e-4)
-    assert dataset.verdict == "With amax, yes; with headroom, no."
-    assert (dataset.amax, dataset.headroom) == (policy.foreign["amax"], policy.foreign["headroom"])
-    assert dataset.broad_amax == pytest.approx(0.034, abs=5e-4)
+def test_answers_of_the_stored_runs(runs):
+    size, policy, dataset = (page.answer(runs) for page in index.QUESTIONS.values())
+    assert size.verdict == "Up to about 256 sequences, yes; beyond, no."
+    assert list(size.enough.values()) == [128, 256, 64]
+    assert size.slowest == "`layers.17.mlp_input` of Gemma 3 270M"
+    assert size.halves == pytest.approx(1.86, abs=0.01)
+    assert policy.verdict == "From the amax or from more, never from less."
+    smollm2, gemma3, reference = policy.change
+    assert policy.change[smollm2]["p99.99"][0] == pytest.approx(884.2, abs=0.1)
+    assert policy.outcome("headroom") == {smollm2: 1, gemma3: 1, reference: 0}
+    assert policy.below == {smollm2: ["layers.11.down_proj_input"], gemma3: [], reference: []}
+    assert set(policy.outcome("four-over-six").values()) == {-1}
+    assert dataset.verdict.startswith("With amax it can, on Gemma 3 270M; with")
+    assert dataset.worst[gemma3]["amax"][0][0] == pytest.approx(60.1, abs=0.1)
+    assert dataset.snr[reference] == (pytest.approx(10.42, abs=0.01), "layers.6.o_proj_input")
+    assert dataset.hurt() == [gemma3] and dataset.hurt("raised") == []
+
+
+def test_one_run_answers_alone(run):
+    one = loss_tables.models("gemma3", RUNS)
+    assert [r.name for r in one] == ["gemma3"]
+    assert "on every model" in q3_which_dataset.answer(one).verdict
+    assert q3_which_dataset.answer([run]).verdict.startswith("No:")
+    assert q1_more_calibration.answer([run]).enough == {"the reference model": 64}
 
 
 @pytest.mark.parametrize(
     ("enough", "verdict"),
-    [(1, "No: one sequence is enough."), (64, "Up to about 64 sequences, yes; beyond, no."),
-     (256, "Yes, up to all 256 sequences.")],
+    [({"a": 1, "b": 1}, "No: one sequence is enough."),
+     ({"a": 64, "b": 8}, "Up to about 64 sequences, yes; beyond, no."),
+     ({"a": 64, "b": 256}, "Yes, up to all sequences on b.")],
 )  # fmt: skip
 def test_more_calibration_goes_either_way(enough, verdict):
-    found = q1_more_calibration.Answer(256, enough, 0.5, 0.02, SPIKE)
+    found = q1_more_calibration.Answer(enough, {"a": 256, "b": 256}, "`x` of a", 1.0)
     assert found.verdict == verdict
-    assert ("64 at most 0.02 dB" in found.text) == (enough == 64)
+    assert "KL" not in q1_more_calibration.Answer(enough, enough, "`x` of a", np.nan).text
 
 
-def test_enough_is_after_the_last_size_that_loses(monkeypatch):
+def test_enough_is_after_the_last_size_that_loses():
     sizes = pd.DataFrame({"n": [1, 2, 4, 8] * 2, "site": ["a"] * 4 + ["b"] * 4,
                           "snr_db": [19.95, 20, 20, 20, 18, 19.95, 19.7, 20]})  # fmt: skip
     table = q1_more_calibration.loss_table(sizes)
     assert table["mean"].tolist() == pytest.approx([1.025, 0.025, 0.15, 0])
     assert table["worst site"].tolist()[:3] == ["b", "b", "b"]
     assert table["sites over 0.1 dB"].tolist() == [1, 0, 1, 0]
-    monkeypatch.setattr(snr_tables, "size_curves", lambda *_: sizes)
-    found = q1_more_calibration.answer(MadeUpRun(0, 0))
-    assert (found.enough, found.verdict) == (8, "Yes, up to all 8 sequences.")
+    assert q1_more_calibration.needed(table) == 8
+    assert q1_more_calibration.needed(table * [0, 0, 1, 1]) == 1
+
+
+def by_policy(**percent) -> dict:
+    """policy -> change with an interval of a tenth of a percent; 0 unless given."""
+    known = dict.fromkeys(q2_which_policy.SHOWN, 0.0) | {
+        k.replace("_", "."): v for k, v in percent.items()
+    }
+    return {policy: (v, v - 0.1, v + 0.1) for policy, v in known.items()}
 
 
 @pytest.mark.parametrize(
-    ("losses", "policy", "dataset"),
-    [((5.0, 0.0), "No: on other text amax fails, and headroom does not.",
-      "With amax, yes; with headroom, no."),
-     ((0.05, 0.0), "It may: on this run amax holds on other text too.", "No, on this run."),
-     ((5.0, 3.0), "No, but headroom is no cure on this run: both fail on other text.",
-      "Yes, with amax and with headroom."),
-     ((5.0, 0.0, 0.5), "No: even on its own text amax is far from the best scale.",
-      "With amax, yes; with headroom, no.")],
+    ("changes", "verdict"),
+    [({"p99_99": 50.0}, "From the amax or from more, never from less."),
+     ({"p99_99": 50.0, "raised": 3.0}, "Yes: raising it costs."),
+     ({"mse": -3.0}, "Not always: mse gain up to 3.0 %."),
+     ({}, "It may: no policy leaves the noise.")],
 )  # fmt: skip
-def test_policy_and_dataset_go_either_way(losses, policy, dataset):
-    made_up = MadeUpRun(*losses)
-    found = q2_which_policy.answer(made_up)
-    assert found.verdict == policy
-    assert found.foreign == pytest.approx({"amax": losses[0], "headroom": losses[1]})
-    other = q3_which_dataset.answer(made_up)
-    assert other.verdict == dataset
-    # "home" is the featured mix: what it loses elsewhere, elsewhere loses on it too
-    assert (other.amax, other.broad_amax) == pytest.approx((losses[0], losses[0]))
-
-
-def test_one_mix_cannot_answer_for_others():
-    made_up = MadeUpRun(5.0, 0.0)
-    made_up.mixes = ("home",)
-    assert q2_which_policy.answer(made_up).verdict.endswith("this run holds no other.")
-    assert "other text" not in q2_which_policy.answer(made_up).text
-    found = q3_which_dataset.answer(made_up)
-    assert (found.verdict, found.text) == ("Unknown: this run holds one mix.",
-                                           "Capture at least two mixes to cross them.")  # fmt: skip
+def test_policy_goes_either_way(changes, verdict):
+    found = q2_which_policy.Answer({"a": by_policy(**changes)}, {"a": 1.0}, {"a": []})
+    assert found.verdict == verdict
+    two = q2_which_policy.Answer({"a": by_policy(mse=-3.0), "b": by_policy()}, {"a": 1.0, "b": 1.0}, {})
+    assert two.verdict == "It may: no policy leaves the noise."  # a gain on one model only is none
+    assert q2_which_policy.Answer({}, {}, {}).verdict.startswith("Unknown")
 
 
 @pytest.mark.parametrize(
-    ("losses", "words"),
-    [((5.0, 0.0), "Set `input_scale` by headroom"), ((5.0, 3.0), "No policy of this run holds"),
-     ((0.0, 0.0, 0.5), "No policy of this run holds")],
+    ("amax", "raised", "verdict"),
+    [(1.0, 0.0, "No: in the model's output no foreign calibration leaves the noise by much."),
+     (40.0, 1.0, "With amax it can, on a; with the amax raised in advance, no."),
+     (40.0, 30.0, "Yes, on a, and raising the amax does not cure it.")],
 )  # fmt: skip
-def test_recommendation_follows_the_answers(losses, words, monkeypatch):
-    monkeypatch.setattr(q1_more_calibration, "answer",
-                        lambda _: q1_more_calibration.Answer(8, 4, 0.5, 0.0, SPIKE))  # fmt: skip
-    said = index.recommendation(MadeUpRun(*losses))
-    assert words in said
-    assert "Never clip" not in said  # p99.99 is as good as amax here
+def test_dataset_goes_either_way(amax, raised, verdict):
+    def worst(**changes):
+        return {p: ((v, v - 0.5, v + 0.5), "x", "y") for p, v in changes.items()}
+
+    models = {"a": worst(amax=amax, raised=raised), "b": worst(amax=0.0, raised=0.0)}
+    found = q3_which_dataset.Answer(models, {"a": 2.0, "b": 2.0}, {"a": (0.0, "s"), "b": (9.0, "t")})
+    assert found.verdict == verdict
+    assert "9.0 dB, at `t` of b, where KL hardly moves" in found.text
+    assert q3_which_dataset.Answer({}, {}, {}).verdict.startswith("Unknown")
+    assert q3_which_dataset.Answer({}, {}, {"b": (9.0, "t")}).verdict == "In SNR, with amax, yes."
+
+
+def test_beyond_the_noise_takes_size_and_certainty():
+    cases = ((2, 1, 3), (2, -1, 5), (0.5, 0.4, 0.6), (-2, -3, -1))
+    assert [loss_tables.beyond(case, 1.0) for case in cases] == [1, 0, 0, -1]
+
+
+def test_a_change_is_paired_by_sequence(run):
+    mix = run.featured_mix
+    kl = loss_tables.sequence_kl(run, mix)
+    expected = 100 * (kl[mix, "headroom"].mean() / kl[mix, "amax"].mean() - 1)
+    draws = loss_tables.changes(run, [mix]).loc[mix, mix, "headroom"]
+    assert loss_tables.measured(draws)[0] == pytest.approx(expected)
+    unpaired = 100 * kl[mix, "amax"].std() / kl[mix, "amax"].mean() / len(kl) ** 0.5
+    assert draws[1:].std() < unpaired / 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"), [("raised", "amax * 2**(room / 2)"), ("", "amax / 2688` of")]
+)
+def test_recommendation_follows_the_answers(runs, policy, words, monkeypatch):
+    if not policy:
+        monkeypatch.setattr(q3_which_dataset.Answer, "hurt", lambda self, policy="amax": ["a"])
+    said = index.recommendation(runs)
+    assert words in said and said.endswith("Never clip by percentile.")
 
 
 def test_law_of_a_subsets_maximum_is_that_of_all_subsets():
@@ -235,7 +250,13 @@ def test_tables_of_the_dataset_page(run):
     assert q3_which_dataset.where_it_hurts(foreign).startswith("Of the 7 losses over 1 dB, 7 are at ")
     narrow = q3_which_dataset.one_domain_table(run, foreign, "flush")
     assert narrow.loc["open-math-only", q3_which_dataset.as_many(run.featured_mix)] < 0.02
-    assert "not how much: 512 random" in q3_which_dataset.content_or_size(narrow, run.featured_mix)
+    assert (
+        q3_which_dataset.content_or_size(narrow, run.featured_mix) == ""
+    )  # as many are all: no control
+    control = {q3_which_dataset.as_many(run.featured_mix): 0.01}
+    assert "not how much: 512 random" in q3_which_dataset.content_or_size(
+        narrow.assign(**control, **{"worst (dB)": 3.0}), run.featured_mix
+    )
     same = narrow.assign(**{"worst (dB)": 0.01})
     assert q3_which_dataset.content_or_size(same, run.featured_mix) == ""
     below, above = q3_which_dataset.by_ratio(snr_tables.amax_ratio(run, foreign))
@@ -245,9 +266,9 @@ def test_tables_of_the_dataset_page(run):
     assert len(q3_which_dataset.survival_figure(losses).axes[0].get_lines()) == 2  # amax, and 0.1 dB
 
 
-def test_a_scale_of_the_decision_table_is_the_policies(run):
-    table = index.decisions(run)
-    assert table.loc["no calibration", "worst site (dB)"] == pytest.approx(0.132, abs=5e-4)
-    assert table.loc["another quantizer", "mean loss (dB)"] < -0.5
-    assert table.loc["only amax", "set"] == "amax, 64 sequences"
+def test_the_decision_table_has_a_column_per_model(runs):
+    table = index.decisions(runs)
+    assert list(table.columns) == ["set", *map(loss_tables.short, runs)]
+    assert table.loc["the same, only amax", "Gemma 3 270M"].startswith("+60.1 [")
+    assert table.loc["text may change", "set"] == "raised amax"
     assert input_scale_from_amax(policies.constant()) == 1

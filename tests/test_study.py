@@ -15,7 +15,7 @@ from nvfp4_utils import fake_quantize, input_scale_from_amax
 from nvfp4_utils.hooks import SITES, hooked
 from studies import ROOT
 from studies.data import corpora
-from studies.pages import q1_more_calibration, replication, snr_tables, weaknesses
+from studies.pages import q1_more_calibration, replication, snr_tables, tails, weaknesses
 from studies.runs import synthetic
 from studies.runs.store import Run
 
@@ -28,7 +28,7 @@ def run():
 @pytest.mark.parametrize("index", [-0.3, 0.0, 0.4])
 def test_tail_of_a_known_law_is_recovered(index):
     values = 2 + genpareto.rvs(index, scale=1.5, size=20000, random_state=np.random.default_rng(0))
-    tail = q1_more_calibration.fit_tail(values)
+    tail = tails.fit_tail(values)
     assert abs(tail.index - index) < 4 * tail.error and tail.share == pytest.approx(0.2, abs=1e-3)
     exact = genpareto(index, loc=2, scale=1.5)
     for n in (10, 100, 1000):
@@ -41,17 +41,17 @@ def test_tail_of_a_known_law_is_recovered(index):
 
 def test_tail_needs_excesses_that_differ():
     with pytest.raises(ValueError, match=r"^2 sequence amaxes, 2 different ones, lie above the 80%"):
-        q1_more_calibration.fit_tail(np.arange(10.0))
+        tails.fit_tail(np.arange(10.0))
     with pytest.raises(ValueError, match=r"0 different ones, lie above the 80% quantile"):
-        q1_more_calibration.fit_tail(np.r_[np.arange(100.0), np.full(400, 200.0)])
-    tail = q1_more_calibration.fit_tail(np.random.default_rng(0).exponential(size=1000))
+        tails.fit_tail(np.r_[np.arange(100.0), np.full(400, 200.0)])
+    tail = tails.fit_tail(np.random.default_rng(0).exponential(size=1000))
     with pytest.raises(ValueError, match=r"^excess probability is -1.5; expected a value in \[0, 1\)"):
         tail.level(2)
 
 
 def test_first_passage_is_that_of_random_orders(run):
     site = "layers.6.down_proj_input"
-    table = q1_more_calibration.growth_table(run, run.featured_mix).set_index("site")
+    table = tails.growth_table(run, run.featured_mix).set_index("site")
     amaxes = snr_tables.sequence_amaxes(run, run.featured_mix, site)
     generator = np.random.default_rng(0)
     target = 0.9 * amaxes.max()

@@ -109,8 +109,9 @@ def show(fig: plt.Figure, *, caption: str, alt: str) -> None:
 
 
 def answer(text: str, *, title: str = "Answer") -> None:
-    """Display the answer box of a page; ``text`` is simple HTML."""
+    """Display the answer box of a page; ``text`` is simple HTML, code may be in backticks."""
     heading = f'<p class="admonition-title">{title}</p>'
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     _display("HTML", f'<div class="admonition tip">{heading}<p>{text}</p></div>')
 
 

@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The NVFP4 Calibration Book authors
-"""Does more calibration help: the answer, and how the amax grows with the sequences.
-
-Sequence amaxes above a high threshold ``u`` follow a generalized Pareto law with tail index ``xi``
-and scale ``sigma`` (Pickands, 1975). With ``p`` the share of sequences above ``u``, the level that
-one sequence in ``n`` exceeds is ``U(n) = u + sigma / xi ((n p)**xi - 1)``.
-"""
+"""Does more calibration help: the answer over models, and what sequences add at each site."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,63 +12,154 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from scipy.stats import genpareto
 
 from nvfp4_utils import policies
 from studies.runs import synthetic
 from studies.runs.store import Run
 
-from . import plots, snr_tables
+from . import loss_tables, plots, snr_tables
 from .snr_tables import HARM_DB, curve_snr, sequence_amaxes
 
-THRESHOLD = 0.8  # quantile of the sequence amaxes above which the tail is fitted
+MEAN_DB = 0.02  # mean loss over sites up to which a smaller set is as good
 SPIKE = "rare_giant_spike"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What amax gains from more sequences on one run; losses in dB against the whole pool, flush.
+    """From how many sequences on amax has nothing to gain, by model.
 
-    ``enough``: the number of sequences from which on no site loses over ``HARM_DB``. ``one``: loss of
-    a single sequence, mean over sites. ``worst``: loss of ``enough`` at the worst site. ``spike``: what
-    the largest set of the synthetic spike case costs against its oracle, by convention.
+    ``enough`` and ``pool``: model -> sequences. ``slowest``: the site that needs most, and its model.
+    ``halves``: how far amaxes of half a pool and of all of it lie from their mean in KL, percent, or NaN.
     """
 
-    pool: int
-    enough: int
-    one: float
-    worst: float
-    spike: dict[str, float]
+    enough: dict[str, int]
+    pool: dict[str, int]
+    slowest: str
+    halves: float
 
     @property
     def verdict(self) -> str:
         """The answer in a few words."""
-        if self.enough == 1:
+        if max(self.enough.values()) == 1:
             return "No: one sequence is enough."
-        if self.enough < self.pool:
-            return f"Up to about {self.enough} sequences, yes; beyond, no."
-        return f"Yes, up to all {self.pool} sequences."
+        short = [name for name, n in self.enough.items() if n >= self.pool[name]]
+        if not short:
+            return f"Up to about {max(self.enough.values())} sequences, yes; beyond, no."
+        return f"Yes, up to all sequences on {loss_tables.listed(short)}."
 
     @property
     def text(self) -> str:
-        """The numbers behind the verdict, in two sentences."""
-        most = f", {self.enough} at most {self.worst:.2f} dB at any site"
-        return (
-            f"With amax, one sequence loses {self.one:.2f} dB on average against the whole pool"
-            f"{most if 1 < self.enough < self.pool else ''}. A larger set can also hurt: "
-            f"in synthetic data one freak value costs {self.spike['flush']:.1f} dB in a kernel that "
-            "flushes."
+        """The numbers behind the verdict, in one or two sentences."""
+        said = (
+            f"From then on amax is within {MEAN_DB} dB of the whole pool's SNR on average and within "
+            f"{HARM_DB} dB at "
+            f"every site; the slowest is {self.slowest}."
         )
+        if np.isnan(self.halves):
+            return said
+        return f"{said} Half of a pool or all of it: KL lies within {self.halves:.1f} % of the mean."
+
+
+def answer(runs: Sequence[Run]) -> Answer:
+    """Whether more calibration helps, on the featured mix of each run."""
+    table = compare(runs)
+    slowest = runs[int(table.enough.to_numpy().argmax())]
+    halves = table["halves (%)"]
+    return Answer(
+        table.enough.to_dict(), table.pool.to_dict(),
+        loss_tables.site_of(table["slowest site"][loss_tables.short(slowest)], slowest),
+        float(halves.max()),
+    )  # fmt: skip
+
+
+def compare(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row per model: pool, sequences that are enough, losses of a single one, slowest site, KL.
+
+    ``halves (%)``: how far the KL of the amax of random halves of a pool, and of all of it, lies from
+    their mean, at most, over test mixes: the noise of calibrations of equal merit.
+    """
+    return pd.DataFrame({loss_tables.short(run): _row(run) for run in runs}).T.infer_objects()
 
 
 @lru_cache(maxsize=8)
-def answer(run: Run) -> Answer:
-    """Whether more calibration helps on a run, on its featured mix."""
-    table = loss_table(snr_tables.size_curves(run, run.featured_mix))
-    harmful = table.index[table.worst > HARM_DB]
-    enough = int(table.index[table.index > harmful.max()][0]) if len(harmful) else 1
-    return Answer(int(table.index.max()), enough, float(table["mean"][1]), float(table.worst[enough]),
-                  spike_cost())  # fmt: skip
+def _row(run: Run) -> dict:
+    table = loss_table(_sizes(run))
+    n = needed(table)
+    before = table[table.index < n]
+    row = {"pool": int(table.index.max()), "enough": n, "one, mean (dB)": table["mean"][1],
+           "one, worst site (dB)": table.worst[1],
+           "slowest site": (before if len(before) else table)["worst site"].iloc[-1]}  # fmt: skip
+    known = loss_tables.has_loss(run)
+    halves = loss_tables.noise_floor(loss_tables.changes(run))["pair"] if known else np.nan
+    return row | {"halves (%)": halves}
+
+
+@lru_cache(maxsize=8)
+def _sizes(run: Run) -> pd.DataFrame:
+    return snr_tables.size_curves(run, run.featured_mix)
+
+
+def needed(table: pd.DataFrame) -> int:
+    """The size from which on ``loss_table`` keeps to ``MEAN_DB`` in the mean, ``HARM_DB`` at worst."""
+    over = table.index[(table["mean"] > MEAN_DB) | (table.worst > HARM_DB)]
+    return int(table.index[table.index > over.max()][0]) if len(over) else int(table.index.min())
+
+
+def late_sites(runs: Sequence[Run]) -> tuple[int, dict[str, list[str]]]:
+    """Where the quickest model has enough: n, and model -> sites that still lose over ``HARM_DB``."""
+    n = int(compare(runs).enough.min())
+    found = {}
+    for run in runs:
+        sizes = _sizes(run)
+        last = sizes.groupby("site", sort=False).snr_db.last()
+        loss = last - sizes[sizes.n == n].set_index("site").snr_db
+        found[loss_tables.short(run)] = list(loss.index[loss > HARM_DB])
+    return n, found
+
+
+def late_text(runs: Sequence[Run]) -> str:
+    """``late_sites`` as a sentence, Markdown."""
+    n, late = late_sites(runs)
+    lost = [
+        f"{', '.join(f'`{site}`' for site in sites)} of {model}"
+        for model, sites in late.items()
+        if sites
+    ]
+    at = loss_tables.listed(lost) if lost else "no site of any model"
+    return f"With {n} sequences, a loss of more than {HARM_DB} dB is left at {at}."
+
+
+def long_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Change of KL (%) on long sequences from calibrating on short ones: a row per model and length."""
+    rows = {}
+    for run in runs:
+        for test in loss_tables.long_tests(run) if loss_tables.has_loss(run) else ():
+            draws = loss_tables.changes(run, [test]).loc[test]
+            length = test.rsplit(", ", 1)[1]
+            rows[f"{loss_tables.short(run)}, {length}"] = {
+                "sequences": int(loss_tables.of_test(run, test).sequences.iloc[0]),
+                **{policy: loss_tables.cell(loss_tables.measured(draws.loc[run.featured_mix, policy]))
+                   for policy in ("amax", "raised", "headroom")},
+            }  # fmt: skip
+    return pd.DataFrame(rows).T
+
+
+def models_figure(runs: Sequence[Run]) -> plt.Figure:
+    """What amax of n sequences loses against the pool: mean over sites, worst site, a line a model."""
+    fig, axes = plt.subplots(2, 1, figsize=(7.2, 5.0), sharex=True)
+    for number, run in enumerate(runs):
+        table = loss_table(_sizes(run))
+        for ax, column in zip(axes, ("mean", "worst"), strict=True):
+            ax.plot(table[column].clip(lower=0), label=loss_tables.short(run), ms=5,
+                    **loss_tables.mark(number))  # fmt: skip
+    for ax, limit, name in zip(axes, (MEAN_DB, HARM_DB), ("mean over sites", "worst site"), strict=True):
+        ax.axhline(limit, color="k", lw=0.6)
+        ax.set_yscale("symlog", linthresh=limit)
+        ax.set(ylabel=f"loss, {name}\n(dB, symlog)", ylim=(0, None))
+    axes[1].set_xscale("log", base=2)
+    axes[1].set_xlabel("calibration sequences (log2 axis)")
+    axes[0].legend(fontsize=8)
+    return fig
 
 
 def loss_table(sizes: pd.DataFrame) -> pd.DataFrame:
@@ -100,126 +187,6 @@ def spike_cost() -> dict[str, float]:
     study = synthetic.stored_table()
     last = study[study.distribution == SPIKE].sort_values("n").iloc[-1]
     return {u: float(last.oracle_db - last[f"snr_db_{u}"]) for u in plots.UNDERFLOW_STYLE}
-
-
-@dataclass(frozen=True)
-class Tail:
-    """A fitted tail: ``index`` xi, from k excesses.
-
-    ``error``: the asymptotic standard error of xi, ``(1 + xi) / sqrt(k)`` (Smith, 1987); NaN for xi
-    under -1/2, where maximum likelihood has none.
-    """
-
-    index: float
-    error: float
-    scale: float
-    threshold: float
-    share: float
-
-    def level(self, n: float) -> float:
-        """The amax that one sequence in ``n`` exceeds, ``U(n)``; needs ``n >= 1 / share``."""
-        return self._excess_level(1 - 1 / (n * self.share))
-
-    def sequences(self, level: float) -> float:
-        """The inverse: how many sequences until one exceeds ``level``; infinite beyond the end."""
-        tail = genpareto.sf(level - self.threshold, self.index, scale=self.scale)
-        return float(np.inf) if tail == 0 else float(1 / (self.share * tail))
-
-    def largest_of(self, n: int, probability: float) -> float:
-        """Quantile of the largest amax of ``n`` sequences: ``F(x)**n = probability``."""
-        return self._excess_level(1 - (1 - probability ** (1 / n)) / self.share)
-
-    def _excess_level(self, probability: float) -> float:
-        if not 0 <= probability < 1:
-            raise ValueError(
-                f"excess probability is {probability}; expected a value in [0, 1). Ask for more "
-                f"sequences than 1 / {self.share:g}: the level lies below the fitted tail."
-            )
-        return float(self.threshold + genpareto.ppf(probability, self.index, scale=self.scale))
-
-
-def fit_tail(amaxes: np.ndarray, quantile: float = THRESHOLD) -> Tail:
-    """Maximum-likelihood fit to the sequence amaxes above their ``quantile``.
-
-    Raises ValueError for fewer than 20 excesses, or fewer than 10 different ones: where one frequent
-    token sets the amax of many sequences, there is no tail to fit.
-    """
-    threshold = float(np.quantile(amaxes, quantile))
-    excess = amaxes[amaxes > threshold] - threshold
-    distinct = len(np.unique(excess))
-    if len(excess) < 20 or distinct < 10:
-        raise ValueError(
-            f"{len(excess)} sequence amaxes, {distinct} different ones, lie above the "
-            f"{quantile:.0%} quantile; expected at least 20 and 10. Capture more sequences; or one "
-            "token sets the amax of most, and there is no tail."
-        )
-    index, _, scale = (float(v) for v in genpareto.fit(excess, floc=0))
-    error = (1 + index) / len(excess) ** 0.5 if index > -0.5 else np.nan
-    return Tail(index, error, scale, threshold, len(excess) / len(amaxes))
-
-
-def _tail_or_none(amaxes: np.ndarray) -> Tail | None:
-    try:
-        return fit_tail(amaxes)
-    except ValueError:
-        return None  # the tables say NaN
-
-
-def growth_table(run: Run, mix: str, share: float = 0.9) -> pd.DataFrame:
-    """Per site: the tail, and sequences until the amax reaches ``share`` of the pool's.
-
-    ``measured``: ``(N + 1) / (k + 1)``, the mean first passage of a random order when k of N
-    sequences reach the target; ``predicted``: the same from the fitted tail and its own ``U(N)``.
-    """
-    rows = []
-    for site in run.sites:
-        amaxes = sequence_amaxes(run, mix, site)
-        tail = _tail_or_none(amaxes)
-        target = share * amaxes.max()
-        measured = (len(amaxes) + 1) / ((amaxes >= target).sum() + 1)
-        if tail is None:
-            rows.append((site, np.nan, np.nan, amaxes.max(), measured, np.nan, False))
-            continue
-        level = share * tail.level(len(amaxes))
-        in_tail = level > tail.threshold
-        predicted = tail.sequences(level) if in_tail else 1 / (amaxes >= level).mean()
-        rows.append((site, tail.index, tail.error, amaxes.max(), measured, predicted, in_tail))
-    return pd.DataFrame(rows, columns=["site", "tail_index", "error", "amax", "measured", "predicted",
-                                       "in_tail"])  # fmt: skip
-
-
-def forecast_table(run: Run, probability: float = 0.9) -> pd.DataFrame:
-    """A forecast that can fail: the tail of a pool's first half against its second half's amax.
-
-    Columns: mix, site, first (amax of the first half), low, middle, high (predicted amax of the
-    second half, central interval of ``probability``), found.
-    """
-    rows = []
-    edge = (1 - probability) / 2
-    for mix in run.mixes:
-        for site in run.sites:
-            amaxes = sequence_amaxes(run, mix, site)
-            first, second = np.array_split(amaxes, 2)
-            tail = _tail_or_none(first)
-            if tail is None:
-                continue
-            band = [tail.largest_of(len(second), q) for q in (edge, 0.5, 1 - edge)]
-            rows.append((mix, site, first.max(), *band, second.max()))
-    return pd.DataFrame(rows, columns=["mix", "site", "first", "low", "middle", "high", "found"])
-
-
-def forecast_summary(forecast: pd.DataFrame) -> dict[str, float]:
-    """Of ``forecast_table``: shares inside and above the interval, growth from half to half.
-
-    ``low`` and ``high``: between these lies the second half's amax over the first's in 90 % of cases.
-    """
-    growth = forecast.found / forecast["first"]
-    return {
-        "inside": float(forecast.found.between(forecast.low, forecast.high).mean()),
-        "above": float((forecast.found > forecast.high).mean()),
-        "low": float(growth.quantile(0.05)),
-        "high": float(growth.quantile(0.95)),
-    }
 
 
 def harm_table(run: Run, mix: str, underflow: str, loss_db: float = HARM_DB) -> pd.DataFrame:
@@ -278,25 +245,6 @@ def policy_figure(curves: pd.DataFrame) -> plt.Figure:
         ax.set_xlabel("calibration sequences")
     axes[0].set_ylabel("SNR minus oracle's (dB, symlog)")
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return fig
-
-
-def growth_figure(fitted: pd.DataFrame) -> plt.Figure:
-    """Sequences to 90 % of the pool's amax: against the tail's prediction, and the tail index."""
-    fig, axes = plt.subplots(1, 2, figsize=(9.6, 3.8))
-    for kind, one in fitted.groupby(fitted.site.map(snr_tables.site_kind), sort=False):
-        style = plots.kind_style(kind)
-        marks = {"color": style.color, "marker": style.marker, "ms": 5, "ls": ""}
-        axes[0].plot(one.predicted, one.measured, label=kind, **marks)
-        axes[1].errorbar(one.tail_index, one.measured, xerr=2 * one.error.fillna(0), elinewidth=0.8,
-                         **marks)  # fmt: skip
-    span = [1, max(fitted.predicted.max(), fitted.measured.max())]
-    axes[0].plot(span, span, color="k", lw=0.8, ls=":")
-    axes[0].set(xscale="log", yscale="log", xlabel="sequences, predicted by the tail",
-                ylabel="sequences to 90 % of the pool's amax")  # fmt: skip
-    axes[1].set(yscale="log", xlabel="tail index ± 2 standard errors")
-    axes[1].axvline(0, color="k", lw=0.8, ls=":")
-    axes[0].legend(fontsize=8)
     return fig
 
 

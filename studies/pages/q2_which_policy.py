@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,61 +18,144 @@ from nvfp4_utils.quantize import UNDERFLOWS
 from studies.runs import synthetic
 from studies.runs.store import Run
 
-from . import plots, regimes, snr_tables
-from .snr_tables import HARM_DB
+from . import loss_tables, plots, regimes, snr_tables
 
 SHOWN_FROM = 1e-3  # dB; smaller distances are drawn here on a log axis
+CLIPPING = ("p99", "p99.9", "p99.99", "p99.999")
+UNCLIPPED = ("headroom", "headroom-amax", "raised", "raised-all", "constant", "aligned", "mse")
+BOUNDS = ("oracle", "dynamic per sequence", "dynamic per token", "four-over-six")  # and other quantizers
+SHOWN = (*CLIPPING, *UNCLIPPED, *BOUNDS)
 RIPPLE_POLICIES = ("amax", "headroom", "constant")  # that should differ by the octave's ripple only
 
 
 @dataclass(frozen=True)
 class Answer:
-    """How amax and its rivals do on one run, in dB, the worse of both conventions.
+    """What policies change of KL against amaxes of equal merit, each calibrated on the text it is tested on.
 
-    ``gap``: policy -> distance to the best scale on the text it was calibrated on, mean over sites.
-    ``foreign``: policy -> loss of a calibration on another mix, worst site; empty with one mix.
+    ``change``: model -> policy -> percent and its 95 % interval; ``noise``: model -> the change of
+    calibrations of equal merit, percent; ``below``: model -> sites where headroom lies below the amax.
     """
 
-    gap: dict[str, float]
-    foreign: dict[str, float]
+    change: dict[str, dict[str, loss_tables.Measured]]
+    noise: dict[str, float]
+    below: dict[str, list[str]]
+
+    def outcome(self, policy: str) -> dict[str, int]:
+        """model -> -1 where a policy gains beyond the noise, +1 where it loses, else 0."""
+        return {m: loss_tables.beyond(c[policy], self.noise[m])
+                for m, c in self.change.items() if policy in c}  # fmt: skip
 
     @property
     def verdict(self) -> str:
         """The answer in a few words."""
-        if self.gap["amax"] > HARM_DB:
-            return "No: even on its own text amax is far from the best scale."
-        if not self.foreign:
-            return "It may, on the text it was calibrated on; this run holds no other."
-        if self.foreign["amax"] <= HARM_DB:
-            return "It may: on this run amax holds on other text too."
-        if self.foreign["headroom"] <= HARM_DB:
-            return "No: on other text amax fails, and headroom does not."
-        return "No, but headroom is no cure on this run: both fail on other text."
+        if not self.change:
+            return "Unknown: no run here holds the model's own loss."
+        better = [p for p in UNCLIPPED if set(self.outcome(p).values()) == {-1}]
+        if better:
+            gain = max(-c[p][0] for c in self.change.values() for p in better)
+            return f"Not always: {loss_tables.listed(better)} gain up to {gain:.1f} %."
+        if max(self.outcome("raised").values()) > 0:
+            return "Yes: raising it costs."
+        if max(max(self.outcome(p).values(), default=0) for p in CLIPPING) > 0:
+            return "From the amax or from more, never from less."
+        return "It may: no policy leaves the noise."
 
     @property
     def text(self) -> str:
-        """The numbers behind the verdict, in one or two sentences."""
-        other = ""
-        if self.foreign:
-            other = (
-                f" On other text amax's worst site loses {self.foreign['amax']:.1f} dB, headroom's "
-                f"{self.foreign['headroom']:.2f} dB."
-            )
+        """The numbers behind the verdict, in up to three sentences."""
+        if not self.change:
+            return "`python -m studies.runs.capture_run --end-to-end` measures it."
+        clip = [c["p99.99"][0] for c in self.change.values()]
+        said = (
+            f"Clipping at p99.99 changes the KL divergence by {loss_tables.span(clip, '+.0f')} % "
+            f"against the amax; raised, it in advance {self._range('raised')}."
+        )
+        dear = [f"{self.change[m]['headroom'][0]:.1f} % on {m}"
+                for m, way in self.outcome("headroom").items() if way > 0]  # fmt: skip
+        if not dear:
+            return said
+        at = [f"`{sites[0]}` of {m}" for m, sites in self.below.items() if sites]
+        where = f" (it clips {loss_tables.listed(at)})" if at else ""
+        return f"{said} Headroom as published costs {loss_tables.listed(dear)}{where}."
+
+    def _range(self, policy: str) -> str:
+        if not any(self.outcome(policy).values()):
+            return "stays within the noise of equal calibrations"
         return (
-            f"On the text it was calibrated on, amax is {self.gap['amax']:.2f} dB below the best scale "
-            f"on average over sites, clipping at p99.99 {self.gap['p99.99']:.1f} dB.{other}"
+            f"changes it by {loss_tables.span([c[policy][0] for c in self.change.values()], '+.1f')} %"
         )
 
 
+def answer(runs: Sequence[Run]) -> Answer:
+    """Whether input_scale should always come from amax, by the model's output."""
+    parts = {loss_tables.short(run): _parts(run) for run in runs if loss_tables.has_loss(run)}
+    return Answer({m: p[0] for m, p in parts.items()}, {m: p[1] for m, p in parts.items()},
+                  {m: p[2] for m, p in parts.items()})  # fmt: skip
+
+
 @lru_cache(maxsize=8)
-def answer(run: Run) -> Answer:
-    """Whether input_scale should always come from amax, on a run's featured mix."""
-    tables = gaps(run, run.featured_mix).values()
-    means = pd.concat([t.groupby("policy", observed=True).gap_db.mean() for t in tables], axis=1)
-    foreign = {}
-    if len(run.mixes) > 1:
-        foreign = {policy: worst_foreign(run, policy) for policy in ("amax", "headroom")}
-    return Answer(means.max(axis=1).to_dict(), foreign)
+def _parts(run: Run) -> tuple[dict[str, loss_tables.Measured], float, list[str]]:
+    measured = {policy: loss_tables.own_change(run, policy) for policy in SHOWN}
+    known = {policy: m for policy, m in measured.items() if not np.isnan(m[0])}
+    noise = loss_tables.noise_floor(loss_tables.changes(run))["mean"]
+    return known, noise, list(headroom_below(run).index)
+
+
+def headroom_below(run: Run) -> pd.Series:
+    """Sites of the featured mix whose headroom lies below the amax: octaves below, largest first."""
+    amaxes = run.policies(run.featured_mix).astype({"policy": str, "site": str})
+    amaxes = amaxes.pivot(index="site", columns="policy", values="calibrated_amax")
+    octaves = np.log2(amaxes.amax / amaxes.headroom).sort_values(ascending=False)
+    return octaves[octaves > 0]
+
+
+def compare(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row per policy, a column per model: change of KL in percent, as text.
+
+    Mean over test mixes, each with its own calibration, and 95 % interval over sequences. The
+    first rows are the amax's KL in nats per token and the noise.
+    """
+    found = answer(runs)
+    first = {loss_tables.short(r): loss_tables.own_kl(r) for r in runs if loss_tables.has_loss(r)}
+    rows = {"amax: KL (nats per token)": {m: f"{kl:.4f}" for m, kl in first.items()},
+            "noise": {m: f"±{v:.1f}" for m, v in found.noise.items()}}  # fmt: skip
+    for policy in SHOWN:
+        rows[label(policy)] = {
+            m: loss_tables.cell(c.get(policy, (np.nan,) * 3)) for m, c in found.change.items()
+        }
+    return pd.DataFrame(rows).T
+
+
+def label(policy: str) -> str:
+    """A policy's name in tables and figures."""
+    style = plots.POLICY_STYLE.get(policy)
+    return style.label if style else policy
+
+
+def models_figure(found: Answer) -> plt.Figure:
+    """Change of KL by policy, colour by policy, a marker per model; grey: the largest noise."""
+    fig, ax = plt.subplots(figsize=(7.2, 5.2))
+    ax.axvspan(-max(found.noise.values()), max(found.noise.values()), color="#dddddd", lw=0)
+    for number, (model, changes) in enumerate(found.change.items()):
+        marker = loss_tables.mark(number)["marker"]
+        for y, policy in enumerate(SHOWN):
+            if policy in changes:
+                color = plots.POLICY_STYLE.get(policy, plots.OTHER_KIND).color
+                middle, low, high = changes[policy]
+                at = y + 0.22 * (number - (len(found.change) - 1) / 2)
+                ax.plot([low, high], [at, at], color=color, lw=1.5)
+                ax.plot(middle, at, marker, color=color, ms=5)
+        ax.plot([], [], marker, color="k", ls="", label=model)
+    ax.axvline(0, color="k", lw=0.6)
+    ax.set_xscale("symlog", linthresh=3, linscale=1.5)
+    ax.set_xticks([-10, -2, 0, 2, 10, 100, 1000, 10000], ["-10", "-2", "0", "2", "10", "100", "1,000",
+                                                          "10,000"])  # fmt: skip
+    ax.set_xlim(-30, None)
+    ax.set_yticks(range(len(SHOWN)), [label(p) for p in SHOWN])
+    ax.invert_yaxis()
+    ax.set_xlabel("change of KL against amaxes of equal merit (%, symlog)")
+    ax.legend(fontsize=8, loc="lower right")
+    return fig
 
 
 @lru_cache(maxsize=32)

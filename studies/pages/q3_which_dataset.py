@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,63 +14,144 @@ import pandas as pd
 import seaborn as sns
 
 from nvfp4_utils.policies import POLICIES
-from nvfp4_utils.quantize import UNDERFLOWS
 from studies.runs.store import Run
 
-from . import plots, snr_tables
+from . import loss_tables, plots, snr_tables
+from .loss_tables import HARM_PERCENT
 from .snr_tables import HARM_DB
 
+REMEDY = "raised"
+CROSSED = ("amax", REMEDY, "raised-all", "headroom", "headroom-amax", "mse")
 AFTER_NORM = ("attention_input", "mlp_input")
 SHOWN_FROM = 1e-3  # dB; smaller losses are left out of a log axis
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What calibrating on another mix loses on one run: worst case over sites and conventions, dB.
+    """What calibrating on another mix than the one tested does, by model.
 
-    ``broad``: the run's featured mix; ``broad_amax``: amax calibrated on it, on the other mixes' text.
-    With one mix all are NaN.
+    ``worst``: model -> policy -> largest change of KL (%) over pairs of mixes, its interval, calibration
+    and test. ``noise``: model -> the largest change of calibrations of equal merit (%). ``snr``: model
+    -> the largest loss of SNR with amax (dB), and its site.
     """
 
-    mixes: int
-    broad: str
-    amax: float
-    broad_amax: float
-    headroom: float
+    worst: dict[str, dict[str, tuple[loss_tables.Measured, str, str]]]
+    noise: dict[str, float]
+    snr: dict[str, tuple[float, str]]
+
+    def hurt(self, policy: str = "amax") -> list[str]:
+        """The models on which some foreign calibration costs over ``HARM_PERCENT``, beyond the noise."""
+        large = [m for m, w in self.worst.items() if w[policy][0][0] > HARM_PERCENT]
+        return [m for m in large if loss_tables.beyond(self.worst[m][policy][0], self.noise[m]) > 0]
 
     @property
     def verdict(self) -> str:
         """The answer in a few words."""
-        if self.mixes < 2:
-            return "Unknown: this run holds one mix."
-        if self.amax <= HARM_DB:
-            return "No, on this run."
-        if self.headroom <= HARM_DB:
-            return "With amax, yes; with headroom, no."
-        return "Yes, with amax and with headroom."
+        if not self.snr:
+            return "Unknown: no run here holds two mixes."
+        if not self.worst:
+            lost = [m for m, (db, _) in self.snr.items() if db > HARM_DB]
+            return "In SNR, with amax, yes." if lost else "No, by SNR."
+        hurt = self.hurt()
+        if not hurt:
+            return "No: in the model's output no foreign calibration leaves the noise by much."
+        some = f"on {loss_tables.listed(hurt)}" if len(hurt) < len(self.worst) else "on every model"
+        if self.hurt(REMEDY):
+            return f"Yes, {some}, and raising the amax does not cure it."
+        return f"With amax it can, {some}; with the amax raised in advance, no."
 
     @property
     def text(self) -> str:
-        """The numbers behind the verdict, in two sentences."""
-        if self.mixes < 2:
+        """The numbers behind the verdict, in up to three sentences."""
+        if not self.snr:
             return "Capture at least two mixes to cross them."
-        return (
-            f"Calibrated on one mix and used on another, amax loses up to {self.amax:.1f} dB; "
-            f"calibrated on {self.broad}, at most {self.broad_amax:.2f} dB. Headroom loses at most "
-            f"{self.headroom:.2f} dB in any case."
+        model, (lost, site) = max(self.snr.items(), key=lambda item: item[1][0])
+        if not self.worst:
+            return (
+                f"Calibrated on one mix and used on another, amax loses up to {lost:.1f} dB at `{site}`."
+            )
+        name, worst = max(self.worst.items(), key=lambda item: item[1]["amax"][0][0])
+        change, calibration, test = worst["amax"]
+        cure = max(w[REMEDY][0][0] for w in self.worst.values())
+        said = (
+            f"Amax from another mix changes the KL divergence by up to {change[0]:+.0f} % ({name}, "
+            f"{calibration} used on {test}), raised amax by up to {cure:+.1f} %."
         )
+        if lost <= HARM_DB:
+            return said
+        told = "" if model in self.hurt() or model not in self.worst else ", where KL hardly moves"
+        return f"{said} SNR falls by up to {lost:.1f} dB, at `{site}` of {model}{told}."
 
 
-@lru_cache(maxsize=8)
-def answer(run: Run) -> Answer:
-    """Whether the calibration dataset matters on a run."""
-    broad = run.featured_mix
-    amax, headroom = (
-        pd.concat([snr_tables.foreign_losses(run, policy, u) for u in UNDERFLOWS])
-        for policy in ("amax", "headroom")
-    )
-    on_broad = amax[amax.calibration == broad].loss_db.max()
-    return Answer(len(run.mixes), broad, amax.loss_db.max(), on_broad, headroom.loss_db.max())
+def answer(runs: Sequence[Run]) -> Answer:
+    """Whether the calibration dataset matters."""
+    crossed = [run for run in runs if len(run.mixes) > 1]
+    loss = [run for run in crossed if loss_tables.has_loss(run)]
+    worst = {loss_tables.short(r): {p: worst_pair(r, p) for p in CROSSED} for r in loss}
+    noise = {loss_tables.short(r): loss_tables.noise_floor(loss_tables.changes(r))["pair"] for r in loss}
+    snr = {}
+    for run in crossed:
+        losses = snr_tables.foreign_losses(run)
+        top = losses.loc[losses.loss_db.idxmax()]
+        snr[loss_tables.short(run)] = (float(top.loss_db), str(top.site))
+    return Answer(worst, noise, snr)
+
+
+@lru_cache(maxsize=64)
+def worst_pair(run: Run, policy: str) -> tuple[loss_tables.Measured, str, str]:
+    """The foreign calibration that raises KL most: change in percent, calibration, test."""
+    rows = loss_tables.foreign_changes(run, policy)
+    test, calibration, _ = rows[0].idxmax()
+    return loss_tables.measured(rows.loc[(test, calibration, policy)]), calibration, test
+
+
+def compare(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row per model: worst change of KL (%) by policy, noise, worst loss of SNR and its sites."""
+    found, rows = answer(runs), {}
+    for run in (run for run in runs if loss_tables.short(run) in found.snr):
+        name = loss_tables.short(run)
+        row = {f"{p}: KL (%)": loss_tables.cell(w[0]) for p, w in found.worst.get(name, {}).items()}
+        if name in found.worst:
+            _, calibration, test = found.worst[name]["amax"]
+            row |= {
+                "amax's worst pair": f"{calibration} on {test}",
+                "noise": f"±{found.noise[name]:.1f}",
+            }
+        losses = snr_tables.foreign_losses(run)
+        sites = list(dict.fromkeys(losses[losses.loss_db > HARM_DB].site.astype(str)))
+        rows[name] = row | {"amax: SNR (dB)": f"{found.snr[name][0]:.1f}",
+                            f"sites over {HARM_DB} dB": ", ".join(sites) or "none"}  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def pair_table(run: Run, policy: str = "amax") -> pd.DataFrame:
+    """Every foreign pair of a run: calibration, test, worst site's loss of SNR (dB), KL (%)."""
+    snr = snr_tables.foreign_losses(run, policy).astype({"calibration": str, "test": str})
+    snr = snr.groupby(["calibration", "test"]).loss_db.max().rename("snr_db")
+    kl = loss_tables.foreign_changes(run, policy)[0].droplevel("policy").rename("kl")
+    return pd.concat([snr, kl.reorder_levels(["calibration", "test"])], axis=1).reset_index()
+
+
+def models_figure(runs: Sequence[Run]) -> plt.Figure:
+    """KL against the worst site's SNR: a point per pair of mixes, colour by policy, marker by model."""
+    fig, ax = plt.subplots(figsize=(7.2, 4.4))
+    noise = [loss_tables.noise_floor(loss_tables.changes(run))["pair"] for run in runs]
+    ax.axhspan(-max(noise), max(noise), color="#dddddd", lw=0)
+    for number, run in enumerate(runs):
+        for policy, fill in (("amax", "full"), (REMEDY, "none")):
+            pairs, style = pair_table(run, policy), plots.POLICY_STYLE[policy]
+            ax.plot(pairs.snr_db, pairs.kl, loss_tables.mark(number)["marker"], color=style.color, ms=6,
+                    fillstyle=fill, label=f"{style.label}, {loss_tables.short(run)}")  # fmt: skip
+    ax.axhline(0, color="k", lw=0.6)
+    ax.set_xscale("symlog", linthresh=HARM_DB)
+    ax.set_yscale("symlog", linthresh=HARM_PERCENT)
+    ax.set_yticks([-5, -2, 0, 2, 5, 20, 50], ["-5", "-2", "0", "2", "5", "20", "50"])
+    ax.set_xticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
+    ax.set_xlim(-0.02, None)
+    ax.set(xlabel="loss of SNR at the worst site (dB, symlog)",
+           ylabel="change of KL against amaxes\nof the own text (%, symlog)")  # fmt: skip
+    ax.legend(fontsize=8)
+    return fig
 
 
 def square(run: Run, cross: pd.DataFrame, values: str = "loss_db", how: str = "mean") -> pd.DataFrame:
@@ -139,12 +221,24 @@ def one_domain_table(run: Run, foreign: pd.DataFrame, underflow: str) -> pd.Data
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+def after_norm(runs: Sequence[Run]) -> str:
+    """The largest loss of SNR of a foreign amax at inputs that follow a norm, by model, Markdown."""
+    found = []
+    for run in (run for run in runs if len(run.mixes) > 1):
+        losses = snr_tables.foreign_losses(run)
+        losses = losses[losses.site.map(snr_tables.site_kind).isin(AFTER_NORM)]
+        if len(losses):
+            top = losses.loc[losses.loss_db.idxmax()]
+            found.append(f"{top.loss_db:.2f} dB at {loss_tables.site_of(top.site, run)}")
+    return loss_tables.listed(found)
+
+
 def content_or_size(narrow: pd.DataFrame, broad: str) -> str:
-    """Whether what is in the set counts more than how much, one sentence; "" if it does not."""
+    """Whether what is in the set counts more than how much, one sentence; "" if that is not known."""
     if narrow.empty:
         return ""
     control = narrow[as_many(broad)]
-    if not control.max() <= HARM_DB < narrow["worst (dB)"].min():
+    if not 0 < control.max() <= HARM_DB < narrow["worst (dB)"].min():
         return ""
     return (
         f"What is in the set counts, not how much: {narrow.sequences.min()} random sequences of {broad} "
