@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nvfp4_utils import POLICIES, input_scale_from_amax, policies
+from nvfp4_utils import POLICIES, policies
 from studies.pages import (
     index,
     loss_tables,
@@ -68,15 +68,15 @@ def test_answers_of_the_stored_runs(runs):
     assert size.verdict == "Up to about 256 sequences, yes; beyond, no."
     assert list(size.enough.values()) == [128, 256, 64]
     assert size.slowest == "`layers.17.mlp_input` of Gemma 3 270M"
-    assert size.halves == pytest.approx(1.86, abs=0.01)
+    assert size.halves == pytest.approx(1.42, abs=0.01)
     assert policy.verdict == "From the amax or from more, never from less."
     smollm2, gemma3, reference = policy.change
-    assert policy.change[smollm2]["p99.99"][0] == pytest.approx(884.2, abs=0.1)
-    assert policy.outcome("headroom") == {smollm2: 1, gemma3: 1, reference: 0}
+    assert policy.change[smollm2]["p99.99"][0] == pytest.approx(885.0, abs=0.1)
+    assert policy.outcome("headroom") == {smollm2: 1, gemma3: 0, reference: 0}
     assert policy.below == {smollm2: ["layers.11.down_proj_input"], gemma3: [], reference: []}
     assert set(policy.outcome("four-over-six").values()) == {-1}
     assert dataset.verdict.startswith("With amax it can, on Gemma 3 270M; with")
-    assert dataset.worst[gemma3]["amax"][0][0] == pytest.approx(60.1, abs=0.1)
+    assert dataset.worst[gemma3]["amax"][0][0] == pytest.approx(59.6, abs=0.1)
     assert dataset.snr[reference] == (pytest.approx(10.42, abs=0.01), "layers.6.o_proj_input")
     assert dataset.hurt() == [gemma3] and dataset.hurt("raised") == []
 
@@ -161,21 +161,12 @@ def test_beyond_the_noise_takes_size_and_certainty():
 def test_a_change_is_paired_by_sequence(run):
     mix = run.featured_mix
     kl = loss_tables.sequence_kl(run, mix)
-    expected = 100 * (kl[mix, "headroom"].mean() / kl[mix, "amax"].mean() - 1)
+    equal = ["amax", *(f"amax of half {i}" for i in range(6))]
+    expected = 100 * (kl[mix, "headroom"].mean() / kl[mix][equal].mean().mean() - 1)
     draws = loss_tables.changes(run, [mix]).loc[mix, mix, "headroom"]
     assert loss_tables.measured(draws)[0] == pytest.approx(expected)
     unpaired = 100 * kl[mix, "amax"].std() / kl[mix, "amax"].mean() / len(kl) ** 0.5
     assert draws[1:].std() < unpaired / 2
-
-
-@pytest.mark.parametrize(
-    ("policy", "words"), [("raised", "amax * 2**(room / 2)"), ("", "amax / 2688` of")]
-)
-def test_recommendation_follows_the_answers(runs, policy, words, monkeypatch):
-    if not policy:
-        monkeypatch.setattr(q3_which_dataset.Answer, "hurt", lambda self, policy="amax": ["a"])
-    said = index.recommendation(runs)
-    assert words in said and said.endswith("Never clip by percentile.")
 
 
 def test_law_of_a_subsets_maximum_is_that_of_all_subsets():
@@ -264,11 +255,3 @@ def test_tables_of_the_dataset_page(run):
     losses = {"amax": foreign.loss_db, "constant": 0 * foreign.loss_db}
     assert q3_which_dataset.loss_table(losses).loc["constant"].tolist() == [0, 0, 0, 0]
     assert len(q3_which_dataset.survival_figure(losses).axes[0].get_lines()) == 2  # amax, and 0.1 dB
-
-
-def test_the_decision_table_has_a_column_per_model(runs):
-    table = index.decisions(runs)
-    assert list(table.columns) == ["set", *map(loss_tables.short, runs)]
-    assert table.loc["the same, only amax", "Gemma 3 270M"].startswith("+60.1 [")
-    assert table.loc["text may change", "set"] == "raised amax"
-    assert input_scale_from_amax(policies.constant()) == 1

@@ -2,9 +2,10 @@
 # Copyright The NVFP4 Calibration Book authors
 """What activation scales do to the output of one model or several: KL by policy, and its noise.
 
-KL is the mean over tokens of ``sum p log(p / q)`` in nats, ``p`` the unquantized model's distribution of
-the next token and ``q`` the quantized one's. A change is in percent of the KL of calibrations of equal
-merit on the test mix's own text: the mean over the amax of its pool and of the pool's random halves. Only activations are quantized, with the flush convention.
+KL is the mean over tokens of ``sum p log(p / q)`` in nats, ``p`` the unquantized model's distribution
+of the next token and ``q`` the quantized one's. A change is in percent of the KL of calibrations of
+equal merit on the test mix's own text: the mean over the amax of its pool and of the pool's random
+halves. Only activations are quantized, with the flush convention.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Answer:
     """From how many sequences on amax has nothing to gain, by model.
 
     ``enough`` and ``pool``: model -> sequences. ``slowest``: the site that needs most, and its model.
-    ``halves``: how far amaxes of half a pool and of all of it lie from their mean in KL, percent, or NaN.
+    ``halves``: how far the KL of half a pool's amax, or all of it, lies from their mean, percent.
     """
 
     enough: dict[str, int]

@@ -30,7 +30,7 @@ RIPPLE_POLICIES = ("amax", "headroom", "constant")  # that should differ by the 
 
 @dataclass(frozen=True)
 class Answer:
-    """What policies change of KL against amaxes of equal merit, each calibrated on the text it is tested on.
+    """What policies change of KL, each calibrated on the text it is tested on.
 
     ``change``: model -> policy -> percent and its 95 % interval; ``noise``: model -> the change of
     calibrations of equal merit, percent; ``below``: model -> sites where headroom lies below the amax.
@@ -68,7 +68,7 @@ class Answer:
         clip = [c["p99.99"][0] for c in self.change.values()]
         said = (
             f"Clipping at p99.99 changes the KL divergence by {loss_tables.span(clip, '+.0f')} % "
-            f"against the amax; raised, it in advance {self._range('raised')}."
+            f"against the amax; raised in advance it {self._range('raised')}."
         )
         dear = [f"{self.change[m]['headroom'][0]:.1f} % on {m}"
                 for m, way in self.outcome("headroom").items() if way > 0]  # fmt: skip
@@ -97,7 +97,7 @@ def answer(runs: Sequence[Run]) -> Answer:
 def _parts(run: Run) -> tuple[dict[str, loss_tables.Measured], float, list[str]]:
     measured = {policy: loss_tables.own_change(run, policy) for policy in SHOWN}
     known = {policy: m for policy, m in measured.items() if not np.isnan(m[0])}
-    noise = loss_tables.noise_floor(loss_tables.changes(run))["mean"]
+    noise = loss_tables.noise_floor(loss_tables.changes(run))["pair"]
     return known, noise, list(headroom_below(run).index)
 
 
