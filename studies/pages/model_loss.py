@@ -18,6 +18,7 @@ import pandas as pd
 from studies.runs.scoring import resamples
 from studies.runs.store import Run
 
+from .loss_tables import sequence_kl, sweep, value
 from .plots import POLICY_STYLE, model_label
 
 PLATEAU = 4  # octaves above the amax, over which the plateau is taken
@@ -29,37 +30,11 @@ QUANTIZERS = ("four-over-six",)  # of another kind than one scale a tensor
 LONG_POLICIES = ("amax", "x2^1", "headroom", "raised", "mse", "p99.999")
 HALF = "amax of half"
 CEILINGS = ("amax", "oracle", "dynamic per sequence", "dynamic per token", "four-over-six")
-MEASURES = ("nll", "kl", "kl_p999", "top1", "low", "high")
 
 
 def short(run: Run) -> str:
     """A model's name for panels and tables."""
     return model_label(run.model_name)
-
-
-def of_test(run: Run, test: str, *, weights: str = "bf16", only: str = "") -> pd.DataFrame:
-    """Rows of ``end_to_end`` of one test; calibration and policy as text."""
-    table = run.end_to_end()
-    table = table[(table.test == test) & (table.weights == weights) & (table.only == only)]
-    return table.astype({"calibration": str, "policy": str, "underflow": str})
-
-
-def sweep(run: Run, underflow: str = "flush") -> pd.DataFrame:
-    """Measures by octaves from the amax, all sites' scales together, on the featured mix."""
-    mix = run.featured_mix
-    table = of_test(run, mix)
-    table = table[(table.calibration == mix) & (table.underflow == underflow)]
-    table = table[table.policy.str.startswith("x2^")]
-    octaves = table.policy.str.removeprefix("x2^").astype(float)
-    return table.assign(octaves=octaves).set_index("octaves")[list(MEASURES)].sort_index()
-
-
-def value(run: Run, policy: str, column: str = "kl", **kwargs) -> float:
-    """One measure of a policy calibrated on the featured mix, or of one without calibration; flush."""
-    table = of_test(run, run.featured_mix, **kwargs)
-    own = table.calibration.isin((run.featured_mix, "test", ""))
-    rows = table[own & (table.policy == policy) & (table.underflow == "flush")]
-    return float(rows[column].iloc[0]) if len(rows) else float("nan")
 
 
 def check(run: Run) -> None:
@@ -131,16 +106,6 @@ def first_leaving(run: Run, share: float = 0.01, sites: float = 0.5) -> float:
     gone = (table.subnormal + table.underflowed).groupby([table.site.astype(str), octaves]).first()
     at = (gone.unstack(0) > share).quantile(1 - sites, axis=1, interpolation="lower")
     return float(at[at > 0].index.min())
-
-
-def sequence_kl(run: Run, test: str) -> pd.DataFrame:
-    """KL of each sequence (rows) under each flush setting of a test: (calibration, policy)."""
-    table = run.end_to_end_sequences()
-    table = table[(table.test == test) & (table.underflow == "flush")]
-    table = table[(table.weights == "bf16") & (table.only == "")]
-    table = table.astype({"calibration": str, "policy": str})
-    table = table[~table.policy.str.startswith("x2^-")]
-    return table.pivot(index="sequence", columns=["calibration", "policy"], values="kl").astype(float)
 
 
 def changes(run: Run, tests: Sequence[str] = ()) -> pd.DataFrame:
