@@ -124,7 +124,7 @@ def by_policy(**percent) -> dict:
     ("changes", "verdict"),
     [({"p99_99": 50.0}, "From the amax or from more, never from less."),
      ({"p99_99": 50.0, "raised": 3.0}, "Yes: raising it costs."),
-     ({"mse": -3.0}, "Not always: mse gain up to 3.0 %."),
+     ({"mse": -3.0}, "Not always: mse can gain up to 3.0 %."),
      ({}, "It may: no policy leaves the noise.")],
 )  # fmt: skip
 def test_policy_goes_either_way(changes, verdict):
@@ -132,6 +132,7 @@ def test_policy_goes_either_way(changes, verdict):
     assert found.verdict == verdict
     two = q2_which_policy.Answer({"a": by_policy(mse=-3.0), "b": by_policy()}, {"a": 1.0, "b": 1.0}, {})
     assert two.verdict == "It may: no policy leaves the noise."  # a gain on one model only is none
+    assert q2_which_policy.within_noise(two).startswith("13 of 14 others")
     assert q2_which_policy.Answer({}, {}, {}).verdict.startswith("Unknown")
 
 

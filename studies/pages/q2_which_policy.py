@@ -53,7 +53,7 @@ class Answer:
         better = [p for p in UNCLIPPED if set(self.outcome(p).values()) == {-1}]
         if better:
             gain = max(-c[p][0] for c in self.change.values() for p in better)
-            return f"Not always: {loss_tables.listed(better)} gain up to {gain:.1f} %."
+            return f"Not always: {loss_tables.listed(better)} can gain up to {gain:.1f} %."
         if max(self.outcome("raised").values()) > 0:
             return "Yes: raising it costs."
         if max(max(self.outcome(p).values(), default=0) for p in CLIPPING) > 0:
@@ -124,6 +124,12 @@ def compare(runs: Sequence[Run]) -> pd.DataFrame:
             m: loss_tables.cell(c.get(policy, (np.nan,) * 3)) for m, c in found.change.items()
         }
     return pd.DataFrame(rows).T
+
+
+def within_noise(found: Answer) -> str:
+    """How many of the scales that clip nothing on purpose lie within the noise, a clause."""
+    ways = [way for policy in UNCLIPPED for way in found.outcome(policy).values()]
+    return f"{ways.count(0)} of {len(ways)} others, a policy on a model each, stay within the noise"
 
 
 def label(policy: str) -> str:
