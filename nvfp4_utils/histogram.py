@@ -113,13 +113,13 @@ def table_to_sparse(table: torch.Tensor, base: int) -> tuple[torch.Tensor, torch
     """Sorted keys and counts of a table [rows, columns] whose first row is code ``base``."""
     flat, columns = table.view(-1), table.shape[1]
     cells = flat.nonzero().view(-1)
-    row = cells >> columns.bit_length() - 1  # a power of two
+    row = cells >> (columns.bit_length() - 1)  # a power of two
     # block << 15 | element, with block = base + row and element = block - (columns - 1) + column.
     keys = row * ((1 << CODE_BITS) + 1 - columns)
     keys += cells
     keys += base * ((1 << CODE_BITS) + 1) - (columns - 1)
-    zeros = (cells & columns - 1 == 0).nonzero()
-    keys[zeros] = row[zeros] + base << CODE_BITS
+    zeros = ((cells & (columns - 1)) == 0).nonzero()
+    keys[zeros] = (row[zeros] + base) << CODE_BITS
     return keys, flat[cells].to(torch.int64)
 
 
@@ -179,7 +179,7 @@ def count_on_cpu(blocks: torch.Tensor, dtype: torch.dtype):
                 codes, code = some & 0x7FFF, code.to(torch.int32)
                 row = torch.where(code == 0, rows, code - base)
                 if not all_placed:
-                    least = (codes - 1 & 0x7FFF).amin(dim=1) + 1
+                    least = ((codes - 1) & 0x7FFF).amin(dim=1) + 1
                     left = (code > 0) & ((code < base) | (code - least >= columns - 1))
                     rest.append(some[left])
                     row = torch.where(left, rows, row)
