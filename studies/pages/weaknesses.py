@@ -17,10 +17,9 @@ from studies.runs import synthetic
 from studies.runs.store import Run
 
 from . import plots
-from .snr_tables import cross_matrix, curve_snr, db, policy_snr, sequence_amaxes, site_kind
+from .snr_tables import HARM_DB, cross_matrix, curve_snr, db, policy_snr, sequence_amaxes, site_kind
 
 COMPARED = ("p99.99", "p99.999", "headroom", "mse", "oracle", "dynamic", "four-over-six")
-HARM_DB = 0.1  # from here on a loss counts
 COIN = 0.25  # share of tensors with the other sign from which on one tensor decides nothing
 
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from nvfp4_utils.policies import POLICIES
-
 from .settings import (
     FOUR_OVER_SIX,
     NONE,
@@ -95,6 +93,3 @@ def single_site_settings(test: str, amaxes: Amaxes) -> list[Setting]:
         for site, amax in amaxes.items()
         for k in SINGLE
     ]
-
-
-ONE_SCALE = tuple(name for name, policy in POLICIES.items() if policy.one_scale and policy.calibrate)
