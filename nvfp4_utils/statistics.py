@@ -282,14 +282,19 @@ class SiteStatistics:
 
     ``groups``: statistics of consecutive groups of ``group_size`` sequences (the last may hold
     fewer), the unit of bootstrap intervals. ``sequence_amax``: float64 [sequences], the largest
-    magnitude of each sequence, so that any subset's amax is known.
+    magnitude of each sequence, so that any subset's amax is known; NaN where experts that are modules
+    see tokens that belong to no known sequence. ``expert_tokens`` int64 and ``expert_amax`` float64
+    [experts]: what each expert of a mixture was given, 0 tokens for one that was never reached.
     """
 
     group_size: int
     groups: list[ActivationStatistics] = field(default_factory=list)
     sequence_amax: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    expert_tokens: torch.Tensor | None = None
+    expert_amax: torch.Tensor | None = None
 
     @property
     def total(self) -> ActivationStatistics:
-        """The groups' sum."""
-        return ActivationStatistics.merged(self.groups)
+        """The groups' sum; a group of padding alone adds nothing."""
+        counted = [group for group in self.groups if group.dtype is not None]
+        return ActivationStatistics.merged(counted or self.groups)

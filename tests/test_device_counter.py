@@ -163,11 +163,11 @@ def test_capture_gives_the_same_with_either_counter(kept_bytes, monkeypatch):
     batches = [{"input_ids": ids[i : i + 3], "attention_mask": mask[i : i + 3]} for i in (0, 3, 6)]
     sites = ["mlp_input", "down_proj_input"]
     expected = capture(model, batches, sites, group_size=2, progress=False)
-    module = sys.modules["nvfp4_utils.hooks"]
+    module = sys.modules["nvfp4_utils.counters"]
     reports = Reports()
-    monkeypatch.setattr(module, "_Counter", lambda: DeviceCounter(reports))
+    monkeypatch.setattr(module, "Counter", lambda: DeviceCounter(reports))
     monkeypatch.setattr(module, "CLOSED_BYTES", kept_bytes)
-    monkeypatch.setattr(module._Counters, "room", kept_bytes)
+    monkeypatch.setattr(module.Counters, "room", kept_bytes)
     found = capture(model, batches, sites, group_size=2, progress=False)
     assert list(found) == list(expected)
     for label, site in found.items():

@@ -144,8 +144,8 @@ def test_importing_the_helper_is_light() -> None:
 
 
 def test_lists_of_policies_and_sites_agree() -> None:
-    from nvfp4_utils.hooks import SITES
     from nvfp4_utils.policies import POLICIES
+    from nvfp4_utils.sites import SITES
     from studies.pages import plots, q2_which_policy, snr_tables
 
     assert list(plots.POLICY_STYLE) == list(POLICIES)
@@ -158,7 +158,7 @@ def test_no_kind_of_site_is_left_out_of_a_page() -> None:
     """Also one that no list knows: a site named by a pattern."""
     import pandas as pd
 
-    from nvfp4_utils.hooks import SITES
+    from nvfp4_utils.sites import SITES
     from studies.pages import plots, q1_more_calibration
 
     kinds = [*SITES, "fc1"]

@@ -17,12 +17,13 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from nvfp4_utils import fake_quantize, input_scale_from_amax, policies  # noqa: E402
-from nvfp4_utils.hooks import SITES, hooked  # noqa: E402
+from nvfp4_utils.hooks import hooked  # noqa: E402
 from nvfp4_utils.quantize import (  # noqa: E402
     UNDERFLOWS,
     fake_quantize_reference,
     four_over_six_reference,
 )
+from nvfp4_utils.sites import SITES  # noqa: E402
 from studies.data import corpora, mixes  # noqa: E402
 from studies.pages import snr_tables  # noqa: E402
 from studies.runs import store  # noqa: E402

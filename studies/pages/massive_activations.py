@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from nvfp4_utils.histogram import Marginals
-from nvfp4_utils.hooks import SITES
 from nvfp4_utils.quantize import E4M3_NORMAL_RANGE
+from nvfp4_utils.sites import SITES
 from studies.runs.store import Run
 
 from . import plots, regimes, snr_tables

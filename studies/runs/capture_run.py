@@ -27,8 +27,9 @@ import torch
 from tqdm import tqdm
 
 from nvfp4_utils import policies
-from nvfp4_utils.hooks import SITES, capture, hooked
+from nvfp4_utils.hooks import capture, hooked
 from nvfp4_utils.quantize import UNDERFLOWS
+from nvfp4_utils.sites import SITES
 from studies import ROOT
 from studies.data import corpora, models
 from studies.data.mixes import EMBEDDED_MIX

@@ -11,8 +11,9 @@ import pandas as pd
 import torch
 
 from nvfp4_utils import policies
-from nvfp4_utils.hooks import SITES, capture
+from nvfp4_utils.hooks import capture
 from nvfp4_utils.quantize import UNDERFLOWS
+from nvfp4_utils.sites import SITES
 from studies.data import corpora
 
 from . import plan, tables
