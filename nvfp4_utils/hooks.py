@@ -32,17 +32,19 @@ from .statistics import SiteStatistics
 
 
 def _by_sequence(site: Site, x: torch.Tensor, shapes: Mapping) -> torch.Tensor:
-    """An activation [sequences, tokens, ...], also where a module sees [sequences * tokens, width]."""
-    expected = shapes.get(site.stream, shapes.get("input_ids", tuple(x.shape[:2])))
-    rows = expected[0] * expected[1]
-    if x.ndim == 2 and (len(x) == rows or (site.form == "within" and len(x) % rows == 0)):
-        return x.reshape(expected[0], -1, x.shape[-1])
-    if x.shape[:2] != expected:
-        raise ValueError(
-            f"{site.label} saw shape {tuple(x.shape)}; expected [{expected[0]}, {expected[1]}, ...]: "
-            "its tokens belong to no sequence. Leave this site out."
-        )
-    return x
+    """An activation [sequences, tokens, width], also where a module sees [sequences * tokens, width]."""
+    sequences, tokens = shapes.get(site.stream, shapes.get("input_ids", tuple(x.shape[:2])))
+    rows = sequences * tokens
+    if x.ndim == 2 and (len(x) == rows or (site.form == "within" and rows and len(x) % rows == 0)):
+        return x.reshape(sequences, -1, x.shape[-1])
+    if x.shape[:2] == (sequences, tokens):
+        return x.flatten(2)  # heads of a token, each with whole blocks, come one after another
+    if x.shape[:-1] == (sequences, 1, tokens):
+        return x[:, 0]
+    raise ValueError(
+        f"{site.label} saw shape {tuple(x.shape)}; expected [{sequences}, {tokens}, ...]: its tokens "
+        "belong to no sequence. Leave this site out."
+    )
 
 
 @contextmanager

@@ -64,12 +64,14 @@ class Coverage:
     uncovered: dict[str, str] = field(default_factory=dict)
 
     def described(self) -> str:
-        """The linears that are not covered, numbers in their names as ``*``."""
-        counts: dict[tuple[str, str], int] = {}
+        """The linears that are not covered by reason, with ``*`` for the numbers in their names."""
+        names: dict[str, list[str]] = {}
         for name, reason in self.uncovered.items():
-            key = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), reason)
-            counts[key] = counts.get(key, 0) + 1
-        return "; ".join(f"{name} ({n}): {reason}" for (name, reason), n in counts.items())
+            names.setdefault(reason, []).append(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name))
+        return "; ".join(
+            f"{', '.join(dict.fromkeys(group))} ({len(group)} in all): {reason}"
+            for reason, group in names.items()
+        )
 
 
 def kind_of(label: str) -> str:
@@ -120,7 +122,8 @@ def _routed(linears: Mapping[str, nn.Module], seen: Mapping[str, torch.Tensor]) 
 
 def _stream(x: torch.Tensor) -> str | None:
     for stream, tokens in STREAMS.items():
-        if x.shape[:-1] in ((SEQUENCES, tokens), (SEQUENCES * tokens,)):
+        two = (SEQUENCES, tokens)
+        if x.shape[:2] == two or x.shape[:-1] in ((SEQUENCES, 1, tokens), (SEQUENCES * tokens,)):
             return stream
     return None
 
