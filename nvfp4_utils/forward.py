@@ -113,8 +113,8 @@ class Batch:
         mask = self.inputs.get(MASKS[stream])
         if mask is None and stream not in self.shapes and "attention_mask" in self.inputs:
             raise ValueError(
-                f"a batch has an attention_mask but neither {stream} nor {MASKS[stream]}; expected both, "
-                "as the model makes them up, and what of them is padding is not known."
+                f"a batch has an attention_mask but neither {stream} nor {MASKS[stream]}; expected "
+                "both, as the model makes them up, and what of them is padding is not known."
             )
         return mask
 

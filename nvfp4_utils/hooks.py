@@ -37,7 +37,7 @@ def _by_sequence(site: Site, x: torch.Tensor, shapes: Mapping) -> torch.Tensor:
     rows = sequences * tokens
     if x.ndim == 2 and (len(x) == rows or (site.form == "within" and rows and len(x) % rows == 0)):
         return x.reshape(sequences, -1, x.shape[-1])
-    if x.shape[:2] == (sequences, tokens):
+    if x.ndim > 2 and x.shape[:2] == (sequences, tokens):
         return x.flatten(2)  # heads of a token, each with whole blocks, come one after another
     if x.shape[:-1] == (sequences, 1, tokens):
         return x[:, 0]
@@ -59,8 +59,9 @@ def _observed(
     shapes: dict[str, tuple[int, int]] = {}
 
     def enter(module, args, kwargs):
-        shapes.clear()
-        shapes.update(stream_shapes(args, kwargs))
+        if given := stream_shapes(args, kwargs):
+            shapes.clear()
+            shapes.update(given)
 
     def hear(site: Site, x: torch.Tensor, experts=None) -> None:
         if not finding.get():
@@ -69,7 +70,8 @@ def _observed(
     def hook(site: Site, expert: int | None):
         return lambda module, args, kwargs: hear(site, first_tensor(args, kwargs), expert)
 
-    hooks: list[tuple[nn.Module, Callable]] = [(entry_of(model), enter)]
+    # Some models pass their entry by when they are called as a whole.
+    hooks: list[tuple[nn.Module, Callable]] = [(m, enter) for m in {model, entry_of(model)}]
     inside: dict[nn.Module, dict[str, Site]] = {}
     for site in sites.values():
         name, module = site.first

@@ -142,8 +142,7 @@ def _refusal(x: torch.Tensor, form: Form, sixteen_bit: bool) -> str:
 def find_coverage(model: nn.Module) -> Coverage:
     """All sites of a model, and the linears that belong to none; runs it on a few tokens.
 
-    The head is apart. Raises ``ValueError`` if the model does not run on tokens alone, or if two sites
-    would have one label.
+    The head is apart. What the model raises if it does not run on tokens alone is passed on.
     """
     linears = linears_of(model)
     trial = Trial(model, linears)
@@ -191,20 +190,19 @@ def find_coverage(model: nn.Module) -> Coverage:
 
 
 def _place(name: str) -> tuple[str, str, str]:
-    """Stack, layer and the rest: ``model.layers.3.mlp.up_proj`` -> ``model``, ``3``, ``mlp.up_proj``."""
+    """Stack, layer and the rest: ``model.layers.3.mlp.fc1`` -> ``model.layers``, ``3``, ``mlp.fc1``."""
     parts = name.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     if at is None:
         return "", "", name
-    rest = [part for part in parts[at + 1 :] if not part.isdecimal()]
-    return ".".join(parts[: at - 1]), parts[at], ".".join(rest)
+    return ".".join(parts[:at]), parts[at], ".".join(parts[at + 1 :])
 
 
 def _kind(names: Sequence[str]) -> tuple[str, str]:
     """A site's kind and the reader that it is called after."""
     for name in names:
         for kind, pattern in SITES.items():
-            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", _place(name)[2]):
+            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name):
                 return kind, name
     return f"{names[0].rpartition('.')[2]}_input", names[0]
 
@@ -213,27 +211,24 @@ def _labels(groups: Sequence[Sequence[str]], linears: Mapping[str, nn.Module]) -
     """A label for each site, with as much of its module's name as tells it from the others."""
     stacks = {stack: "" for stack, layer, _ in map(_place, linears) if layer}
     if len(stacks) > 1:
-        short = [stack.rpartition(".")[2] for stack in stacks]
+        short = [stack.rpartition(".")[0].rpartition(".")[2] for stack in stacks]
         stacks = {s: n if short.count(n) == 1 else s for s, n in zip(stacks, short, strict=True)}
     labels = [""] * len(groups)
     equal = list(range(len(groups)))
-    for detail in range(3):
+    for detail in ("kind", "module", "everything"):
         for i in equal:
             kind, name = _kind(groups[i])
             stack, layer, rest = _place(name)
             modules = rest.split(".")[:-1]
-            if detail == 2:
-                kind = f"{name.rpartition('.')[2]}_input"
-            parts = [stacks.get(stack, ""), f"layers.{layer}" if layer else "",
-                     *(modules[-1:] if detail == 1 else modules if detail else []), kind]  # fmt: skip
-            labels[i] = ".".join(filter(None, parts))
+            if detail == "everything":
+                kind = f"{rest.rpartition('.')[2]}_input"
+            elif detail == "module":
+                modules = [part for part in modules if not part.isdecimal()][-1:]
+            else:
+                modules = []
+            place = [stacks.get(stack, ""), f"layers.{layer}" if layer else "", *modules, kind]
+            labels[i] = ".".join(filter(None, place))
         equal = [i for i in equal if labels.count(labels[i]) > 1]
-    for i in equal:
-        names = [group[0] for group, label in zip(groups, labels, strict=True) if label == labels[i]]
-        raise ValueError(
-            f"{' and '.join(names)} would both be {labels[i]!r}; expected one site per label. Pass a "
-            "part of the model, such as its decoder, or regular expressions."
-        )
     return labels
 
 
@@ -251,7 +246,7 @@ def find_sites(
     Raises
     ------
     ValueError
-        For a name that matches nothing, and as ``find_coverage``.
+        For a name that matches nothing, and for two modules that would have one label.
     TypeError
         For a text in place of a list.
     """
@@ -276,5 +271,12 @@ def find_sites(
                 f"{', '.join(kinds)}, a site's label or a regular expression on a full module name, "
                 f"such as {linears[:3]}."
             )
+        for label, member in members.items():
+            (other, module), (own, same) = found.get(label, member).first, member.first
+            if module is not same:
+                raise ValueError(
+                    f"{other} and {own} would both be {label!r}; expected one module per label. Name "
+                    "either by a regular expression that the other does not match."
+                )
         found |= members
     return {label: found[label] for label in coverage.sites if label in found} | found
