@@ -249,6 +249,7 @@ class Trial:
 
     def __init__(self, model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
         self.seen: dict[str, torch.Tensor] = {}  # the first input of each
+        self.memory: dict[str, tuple] = {}  # equal for views of the same values in the same rows
         self.inside: set[str] = set()  # parameters of fused experts that read no token itself
         device = next(model.parameters()).device
         with ExitStack() as stack:
@@ -277,18 +278,20 @@ class Trial:
                 )
                 raise
 
-    def _note(self, name: str):
-        def hook(module, args, kwargs):
-            self.seen.setdefault(name, first_tensor(args, kwargs))
+    def _add(self, name: str, x: torch.Tensor) -> None:
+        if name not in self.seen:
+            self.seen[name] = x
+            self.memory[name] = x.data_ptr(), x.numel(), x.shape[-1], x.stride(-1), x._version
 
-        return hook
+    def _note(self, name: str):
+        return lambda module, args, kwargs: self._add(name, first_tensor(args, kwargs))
 
     def _note_experts(self, names: dict[str, str]):
         def tell(x, routes, rows):
             every = x.repeat_interleave(routes.shape[1], dim=0)
             outer = {weight for weight, r in rows.items() if torch.equal(r, every)}
             for weight in rows if outer else ():  # without one the order of rows is not known
-                self.seen.setdefault(names[weight], x if weight in outer else rows[weight])
+                self._add(names[weight], x if weight in outer else rows[weight])
                 if weight not in outer:
                     self.inside.add(names[weight])
 

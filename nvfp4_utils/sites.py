@@ -85,11 +85,6 @@ def layer_of(label: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _memory(x: torch.Tensor) -> tuple:
-    """Equal for views of the same values in the same rows."""
-    return x.data_ptr(), x.numel(), x.shape[-1], x.stride(-1), x._version
-
-
 def expert_of(name: str) -> tuple[str, int, str]:
     """List, number and role of a linear of a list's member: ``layers.0.experts``, 3, ``w1``."""
     parts = name.split(".")
@@ -100,7 +95,7 @@ def expert_of(name: str) -> tuple[str, int, str]:
     return ".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :])
 
 
-def _routed(linears: Mapping[str, nn.Module], seen: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
+def _routed(linears: Mapping[str, nn.Module], trial: Trial) -> dict[str, tuple]:
     """Linear of an expert -> its site: members of a list that see some of the tokens each."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name in linears:
@@ -109,14 +104,15 @@ def _routed(linears: Mapping[str, nn.Module], seen: Mapping[str, torch.Tensor]) 
     found: dict[str, tuple] = {}
     whole = {SEQUENCES * tokens for tokens in STREAMS.values()}
     for key, names in groups.items():
-        given = [seen[name] for name in names if name in seen]
+        given = [trial.seen[name] for name in names if name in trial.seen]
         some = any(x.numel() // x.shape[-1] not in whole for x in given)
         idle = len(given) < len(names) and any(x.ndim == 2 for x in given)
         if len(names) > 1 and (some or idle):
             found |= dict.fromkeys(names, key)
     # Roles that are given the same rows, as gate and up, are of one site: that of the first.
     first: dict[tuple, tuple] = {}
-    of = {key: first.setdefault(_memory(seen[n]), key) for n, key in found.items() if n in seen}
+    memory = trial.memory
+    of = {key: first.setdefault(memory[n], key) for n, key in found.items() if n in memory}
     return {name: of[key] for name, key in found.items()}
 
 
@@ -146,7 +142,7 @@ def find_coverage(model: nn.Module) -> Coverage:
     """
     linears = linears_of(model)
     trial = Trial(model, linears)
-    routed = _routed(linears, trial.seen)
+    routed = _routed(linears, trial)
     samples = dict(trial.seen)  # an expert that was given no token reads what the others read
     for name, x in trial.seen.items():
         if name in routed:
@@ -167,7 +163,7 @@ def find_coverage(model: nn.Module) -> Coverage:
         if reason:
             uncovered[name] = reason
             continue
-        key = (form, *(routed[name] if form == "routed" else _memory(samples[name])))
+        key = (form, *(routed[name] if form == "routed" else trial.memory[name]))
         groups.setdefault(key, []).append(name)
         forms[key] = form
     sites = {}
@@ -204,7 +200,13 @@ def _kind(names: Sequence[str]) -> tuple[str, str]:
         for kind, pattern in SITES.items():
             if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name):
                 return kind, name
-    return f"{names[0].rpartition('.')[2]}_input", names[0]
+    return _own_kind(names[0]), names[0]
+
+
+def _own_kind(name: str) -> str:
+    """A kind called after one linear, or after its list if it has but a number."""
+    parts = name.split(".")
+    return "_".join(parts[-2 if parts[-1].isdecimal() else -1 :]) + "_input"
 
 
 def _labels(groups: Sequence[Sequence[str]], linears: Mapping[str, nn.Module]) -> list[str]:
@@ -221,7 +223,7 @@ def _labels(groups: Sequence[Sequence[str]], linears: Mapping[str, nn.Module]) -
             stack, layer, rest = _place(name)
             modules = rest.split(".")[:-1]
             if detail == "everything":
-                kind = f"{rest.rpartition('.')[2]}_input"
+                kind = _own_kind(name)
             elif detail == "module":
                 modules = [part for part in modules if not part.isdecimal()][-1:]
             else:

@@ -13,10 +13,10 @@ import pandas as pd
 
 from nvfp4_utils.histogram import Marginals
 from nvfp4_utils.quantize import E4M3_NORMAL_RANGE
-from nvfp4_utils.sites import SITES
+from nvfp4_utils.sites import SITES, kind_of
 from studies.runs.store import Run
 
-from . import plots, regimes, snr_tables
+from . import plots, regimes
 
 FACTOR = 32.0  # times the median token's amax, from which a site's amax counts as massive
 NEAR = 0.9  # of the pool's amax: a sequence this close has shown calibration what it needs
@@ -209,12 +209,12 @@ def window_table(runs: Mapping[str, Run], tables: Mapping[str, pd.DataFrame]) ->
     rows = {}
     for model, run in runs.items():
         costs = octave_costs(run)
-        kinds = costs.groupby(costs.index.map(snr_tables.site_kind))[0.0].median()
+        kinds = costs.groupby(costs.index.map(kind_of))[0.0].median()
         for site, row in tables[model].query("smallest < 0").sort_values("smallest").iterrows():
             of = costs.loc[site]
             rows[model, site] = {
                 "massive": "yes" if row.massive else "no", **row[list(ANCHORS)],
-                "KL at amax": of[0.0], "median of the kind": kinds[snr_tables.site_kind(str(site))],
+                "KL at amax": of[0.0], "median of the kind": kinds[kind_of(str(site))],
                 **{f"KL at {k:+g}": of[k] for k in (-1.0, 4.0, 8.0, 12.0)},
             }  # fmt: skip
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -250,7 +250,7 @@ def draw_sites(tables: Mapping[str, pd.DataFrame], factor: float) -> plt.Figure:
     for ax, (model, table) in zip(axes.flat, tables.items(), strict=True):
         layer = table.index.str.extract(r"\.(\d+)\.")[0].astype(int).to_numpy()
         for kind, marker in markers.items():
-            one = table.index.map(snr_tables.site_kind) == kind
+            one = table.index.map(kind_of) == kind
             color = np.where(table.massive[one], "#000000", "#999999")
             ax.scatter(layer[one], table.over_token[one], s=16, c=color, marker=marker, label=kind)
         ax.axhline(factor, color="k", lw=0.8, ls=":")
@@ -290,7 +290,7 @@ def answer(runs: Mapping[str, Run], factor: float = FACTOR) -> str:
             "that of the median token.</strong>"
         )
     others = sum(len(massive_sites(t)) for name, t in tables.items() if name != model)
-    kinds = " and ".join(sorted({snr_tables.site_kind(site) for site in sites}))
+    kinds = " and ".join(sorted({kind_of(site) for site in sites}))
     first = tables[model]["first"][sites].min()
     costs = clipping_costs(runs)[f"{CLIPPER} / amax"]
     return (

@@ -12,10 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from nvfp4_utils.sites import kind_of
 from studies.runs.layer_ratios import TARGET
 from studies.runs.store import RESULTS, Run
-
-from . import snr_tables
 
 RUNS = {"smollm2": "smollm2", "gemma3": "gemma3", "reference": ""}
 TEXT = "ref-"  # the published sets that are amaxes of other text than the reference set's
@@ -56,7 +55,7 @@ def _long(wide: pd.DataFrame, model: str, compared: str) -> pd.DataFrame:
     """model, site (its kind), layer, compared, set, ratio from ratios of sites by set."""
     table = wide.rename_axis(index="name", columns="set").stack().rename("ratio").reset_index()
     layer = table.name.astype(str).str.extract(r"\.(\d+)\.")[0].astype(int)
-    kind = table.name.astype(str).map(snr_tables.site_kind)
+    kind = table.name.astype(str).map(kind_of)
     table = table.assign(model=model, layer=layer, site=kind, compared=compared)
     return table[["model", "site", "layer", "compared", "set", "ratio"]]
 

@@ -15,6 +15,7 @@ import seaborn as sns
 
 from nvfp4_utils.policies import ANCHOR_FLOOR, POLICIES
 from nvfp4_utils.quantize import UNDERFLOWS
+from nvfp4_utils.sites import kind_of
 from studies.runs import synthetic
 from studies.runs.store import Run
 
@@ -231,7 +232,7 @@ def gap_figure(results: dict[str, pd.DataFrame], shown: list[str]) -> plt.Figure
 
 def kind_gaps(result: pd.DataFrame, shown: list[str]) -> pd.DataFrame:
     """Mean distance to the oracle (dB), a row per policy and a column per kind of site."""
-    table = result.assign(kind=result.site.map(snr_tables.site_kind))
+    table = result.assign(kind=result.site.map(kind_of))
     table = table.pivot_table(index="policy", columns="kind", values="gap_db", observed=True)
     return table.loc[shown].rename_axis(index=None, columns=None)
 

@@ -25,6 +25,7 @@ from nvfp4_utils.quantize import (
     input_scale_from_amax,
     round_e2m1,
 )
+from nvfp4_utils.sites import kind_of
 from nvfp4_utils.statistics import ActivationStatistics
 from studies.runs.scoring import UNDERFLOW_START, block_shares
 from studies.runs.store import Run
@@ -265,5 +266,5 @@ def kind_table(table: pd.DataFrame) -> pd.DataFrame:
         low, high = column.min(), column.max()
         return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
 
-    kinds = table.index.map(snr_tables.site_kind)
+    kinds = table.index.map(kind_of)
     return table.groupby(kinds, sort=False).agg(spread).rename_axis(None)

@@ -32,11 +32,6 @@ def db(ratio):
         return 10 * np.log10(ratio)
 
 
-def site_kind(site: str) -> str:
-    """``layers.3.mlp_input`` -> ``mlp_input``."""
-    return site.rsplit(".", 1)[-1]
-
-
 def scored_policies(run: Run, mix: str) -> list[str]:
     """The policies that a run scored on ``mix``, in the order of ``POLICIES``, without the oracle."""
     scored = set(run.errors(mix).policy)

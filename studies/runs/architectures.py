@@ -100,11 +100,10 @@ def tiny_model(name: str) -> nn.Module:
     return getattr(transformers, model)(made).bfloat16().eval()
 
 
-def row(name: str, coverage: Coverage) -> dict[str, Any]:
+def row(coverage: Coverage) -> dict[str, Any]:
     """One architecture: how many sites, which kinds, linears covered of all, and why not the others."""
     covered = sum(len(site.readers) for site in coverage.sites.values())
     return {
-        "architecture": name,
         "sites": len(coverage.sites),
         "kinds": sorted(set(map(kind_of, coverage.sites))),
         "covered": covered,
@@ -113,19 +112,17 @@ def row(name: str, coverage: Coverage) -> dict[str, Any]:
     }
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: Mapping[str, dict]) -> str:
     """The table of the reproduce page."""
     # A linear's own name is enough here: the models' layers are alike.
     lines = ["| architecture | sites | linears covered | not covered, and why |", "|---|---|---|---|"]
-    for r in rows:
+    for name, r in rows.items():
         refused = re.sub(r"[\w*]+(?:\.[\w*]+)*\.(\w+)", r"\1", r["refused"])
-        lines.append(
-            f"| {r['architecture']} | {r['sites']} | {r['covered']} of {r['linears']} | {refused} |"
-        )
+        lines.append(f"| {name} | {r['sites']} | {r['covered']} of {r['linears']} | {refused} |")
     return "\n".join(lines)
 
 
-def with_table(page: str, rows: list[dict[str, Any]]) -> str:
+def with_table(page: str, rows: Mapping[str, dict]) -> str:
     """The page with its table, between two comments, made anew."""
     begin, end = "<!-- python -m studies.runs.architectures -->", "<!-- end of architectures -->"
     head, rest = page.split(begin)
@@ -133,7 +130,7 @@ def with_table(page: str, rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    rows = [row(name, find_coverage(tiny_model(name))) for name in ARCHITECTURES]
+    rows = {name: row(find_coverage(tiny_model(name))) for name in ARCHITECTURES}
     write_json(rows, TABLE)
     PAGE.write_text(with_table(PAGE.read_text(), rows))
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from nvfp4_utils.sites import kind_of
+
 from .settings import (
     FOUR_OVER_SIX,
     NONE,
@@ -76,7 +78,7 @@ def settings_for(
         known = {s.key for s in found}
         found += [s for s in sweep_settings(test, test, own["amax"], SWEEP) if s.key not in known]
         menu = {**own, **{f"x2^{k}": scaled(own["amax"], k) for k in (-2, 3, 14)}}
-        for kind in dict.fromkeys(site.rsplit(".", 1)[-1] for site in own["amax"]):
+        for kind in dict.fromkeys(kind_of(site) for site in own["amax"]):
             one = {policy: menu[policy] for policy in KINDS_ALONE}
             found += policy_settings(test, {test: one}, underflows=("flush",), only=kind)
         found += [Setting(test, "", NONE, weights="nvfp4", rule=NONE),

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from nvfp4_utils.histogram import Marginals
+from nvfp4_utils.sites import kind_of
 from nvfp4_utils.statistics import ActivationStatistics
 from studies import ROOT
 
@@ -120,7 +121,7 @@ class Run:
     @property
     def kinds(self) -> list[str]:
         """The kinds of site of this run, in the order of the model."""
-        return list(dict.fromkeys(site.rsplit(".", 1)[-1] for site in self.sites))
+        return list(dict.fromkeys(kind_of(site) for site in self.sites))
 
     def test_sequences(self, mix: str) -> int:
         """Sequences in a mix's test pool."""
