@@ -18,7 +18,7 @@ def calibrate(
     statistics: policies.Statistics, names: Iterable[str] = policies.CALIBRATED
 ) -> dict[str, float]:
     """The calibrated amax of each policy, NaN where it has none: p99 with 0.5 % nonzeros is zero."""
-    found = {}
+    found: dict[str, float] = {}
     for name in names:
         try:
             found |= policies.calibrate(statistics, [name])

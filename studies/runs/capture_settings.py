@@ -45,7 +45,7 @@ class CaptureSettings:
         return {k: v for k, v in own.items() if k not in ("mixes", "allow_shortfall")}
 
     def check(self) -> None:
-        """Refuse, before anything is loaded, what no run can be made with; ValueError names the option."""
+        """Refuse, before anything is loaded, what no run can be made with; ValueError names it."""
         for name, lowest in (("calibration", 1), ("test", 1), ("test_group", 1), ("batch", 1),
                              ("draws", 1), ("detailed", 1), ("windows", 0), ("length", 2)):  # fmt: skip
             if (got := getattr(self, name)) < lowest:

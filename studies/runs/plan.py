@@ -92,7 +92,8 @@ def settings_for(
 
 def with_values(settings: Sequence[Setting], what: str) -> list[Setting]:
     """The settings that have a value at every site that they quantize; one line names the others."""
-    kept, missing = [], {}
+    kept: list[Setting] = []
+    missing: dict[str, dict[str, None]] = {}
     for setting in settings:
         absent = [s for s, amax in setting.amaxes.items() if math.isnan(amax) and setting.quantizes(s)]
         if absent:
@@ -101,7 +102,7 @@ def with_values(settings: Sequence[Setting], what: str) -> list[Setting]:
             kept.append(setting)
     for site, policies in missing.items():
         print(
-            f"{what} is not evaluated with {', '.join(policies)}: no value at {site}, and perhaps others",
+            f"{what} is not evaluated with {', '.join(policies)}: no value at {site}",
             flush=True,
         )
     return kept

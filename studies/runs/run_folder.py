@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The NVFP4 Calibration Book authors
-"""The folder of a run that is being made: who writes it, what it was begun with, which files are whole."""
+"""The folder of a run that is being made: who writes it, what it was begun with, what is whole in it."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def check_same(path: Path, info: dict) -> None:
     others = [p for p in path.iterdir() if p not in files] if path.is_dir() else []
     if known and not any(known.values()) and others:
         raise ValueError(
-            f"{' and '.join(map(str, known))} cannot be read; expected what the files of {path} were made "
-            "with. Restore it, or delete the folder to capture the run again."
+            f"{' and '.join(map(str, known))} cannot be read; expected what the other files there were "
+            "made with. Restore it, or delete the folder to capture the run again."
         )
     new = _settings_of(json.loads(json.dumps(info)))
     for old in map(_settings_of, filter(None, known.values())):

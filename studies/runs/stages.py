@@ -89,7 +89,7 @@ def _test_files(path: Path, mix: str, settings: CaptureSettings) -> list[Path]:
 
 
 def scored(path: Path, mix: str, settings: CaptureSettings) -> bool:
-    """Whether a mix's test pool is scored with the calibrations of all mixes, into files that are whole."""
+    """Whether a mix's test pool is scored with the calibrations of all mixes, all files whole."""
     if not run_folder.whole(_test_files(path, mix, settings)):
         return False
     calibrations = tables.read_table(path / "errors.parquet", columns=["calibration"]).calibration

@@ -159,8 +159,8 @@ def _read_info(file: Path) -> dict:
     strange += [n for n in lengths if not isinstance(n, int)]
     if strange:
         raise ValueError(
-            f"{file} names {strange[0]!r}; expected mixes and sites of letters, digits and ' ._,+:-', and "
-            "lengths in tokens. Such a run is not shown."
+            f"{file} names {strange[0]!r}; expected mixes and sites of letters, digits and ' ._,+:-', "
+            "and lengths in tokens. Such a run is not shown."
         )
     return info
 
