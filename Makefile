@@ -76,7 +76,7 @@ capture: .venv/.book ## Capture statistics: MODEL=path-or-id DATASET=mix[,mix] R
 	@test -n "$(MODEL)" -a -n "$(DATASET)" -a -n "$(RUN)" || \
 		{ echo 'usage: make capture MODEL=path-or-id DATASET=mix RUN=name' >&2; exit 2; }
 	$(BIN)/python -m studies.runs.capture_run --model "$(MODEL)" --dataset "$(DATASET)" --run "$(RUN)" \
-		$(CAPTURE_OPTIONS)
+		$(strip $(CAPTURE_OPTIONS))
 
 recapture: .venv/.book ## Capture what results/ holds again, into build/results: needs models, corpora and a CUDA GPU
 	$(BIN)/python -m studies.runs.recapture --out build/results

@@ -334,11 +334,15 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
     source = resolve(name_or_path)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if not tokenizer("The", add_special_tokens=False)["input_ids"]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        why = "" if tokenizer("The", add_special_tokens=False)["input_ids"] else "text becomes no tokens"
+    except ValueError as error:
+        why = str(error)
+    if why:
         raise FileNotFoundError(
-            f"{source} holds no tokenizer: text becomes no tokens. Expected tokenizer.json, or what its "
-            "tokenizer is loaded from, beside the weights: copy it from where the model came from."
+            f"{source} holds no tokenizer that works; expected tokenizer.json, or what its tokenizer is "
+            f"loaded from, beside the weights: copy it from where the model came from. ({why})"
         )
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_CHAT
