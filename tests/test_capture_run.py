@@ -54,9 +54,8 @@ def model(tmp_path_factory) -> Iterator[Path]:
     network = transformers.NemotronForCausalLM(config)
     with torch.no_grad():
         first = network.model.layers[0]
-        first.post_attention_layernorm.weight.fill_(-1)  # its output is the bias, whatever comes in
-        first.post_attention_layernorm.bias.fill_(1)
-        first.mlp.up_proj.weight.copy_(-first.mlp.up_proj.weight.abs())  # so nothing is positive
+        first.post_attention_layernorm.bias.fill_(20)  # so what it gives is positive everywhere
+        first.mlp.up_proj.weight.copy_(-first.mlp.up_proj.weight.abs())  # and what this gives nowhere
         network.model.layers[1].mlp.up_proj.weight[1:].zero_()
     network.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
