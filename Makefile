@@ -4,9 +4,21 @@
 PYTHON ?= python3
 # RUN=name renders the pages from the statistics that `make capture RUN=name` wrote, beside the stored ones.
 RUN ?=
-# Sequences of 512 tokens that `make capture` takes from each mix.
-CALIBRATION ?= 256
-TEST ?= 64
+# A name, not a path: of letters, digits, '.', '_' and '-', no dot first. The text as given, before make expands it.
+CHARACTERS := A B C D E F G H I J K L M N O P Q R S T U V W X Y Z \
+	a b c d e f g h i j k l m n o p q r s t u v w x y z 0 1 2 3 4 5 6 7 8 9 . _ -
+SPACE := $(subst ,, )
+STRANGE := $(subst $(SPACE),?,$(value RUN))
+$(foreach c,$(CHARACTERS),$(eval STRANGE := $$(subst $(c),,$$(STRANGE))))
+ifneq "$(STRANGE)$(filter .%,$(value RUN))" ""
+$(error RUN is '$(value RUN)'; expected a name of letters, digits, '.', '_' and '-', no dot first, such as RUN=try)
+endif
+# What `make capture` passes on where it is set: CALIBRATION=64 becomes --calibration "64".
+COUNTS := calibration test test-group length batch draws detailed windows featured layouts corpora
+SWITCHES := end-to-end allow-shortfall
+upper = $(shell printf '%s' '$(1)' | tr 'a-z-' 'A-Z_')
+CAPTURE_OPTIONS = $(foreach o,$(COUNTS),$(if $($(call upper,$(o))),--$(o) "$($(call upper,$(o)))")) \
+	$(foreach o,$(SWITCHES),$(if $(filter-out 0,$($(call upper,$(o)))),--$(o)))
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
@@ -60,11 +72,11 @@ models: .venv/.book ## Fetch SmolLM2-135M and Gemma 3 270M into models/downloade
 	$(BIN)/python -m studies.data.models
 	@touch models/downloaded/.asked
 
-capture: .venv/.book ## Capture statistics: MODEL=path-or-id DATASET=mix[,mix] RUN=name [CALIBRATION=256 TEST=64]
+capture: .venv/.book ## Capture statistics: MODEL=path-or-id DATASET=mix[,mix] RUN=name [CALIBRATION=256 TEST=64 END_TO_END=1 ...]
 	@test -n "$(MODEL)" -a -n "$(DATASET)" -a -n "$(RUN)" || \
 		{ echo 'usage: make capture MODEL=path-or-id DATASET=mix RUN=name' >&2; exit 2; }
 	$(BIN)/python -m studies.runs.capture_run --model "$(MODEL)" --dataset "$(DATASET)" --run "$(RUN)" \
-		--calibration $(CALIBRATION) --test $(TEST)
+		$(strip $(CAPTURE_OPTIONS))
 
 recapture: .venv/.book ## Capture what results/ holds again, into build/results: needs models, corpora and a CUDA GPU
 	$(BIN)/python -m studies.runs.recapture --out build/results

@@ -27,7 +27,8 @@ from nvfp4_utils.sites import SITES  # noqa: E402
 from studies.data import corpora, mixes  # noqa: E402
 from studies.pages import snr_tables  # noqa: E402
 from studies.runs import store  # noqa: E402
-from studies.runs.capture_run import CaptureSettings, capture_run  # noqa: E402
+from studies.runs.capture_run import capture_run  # noqa: E402
+from studies.runs.capture_settings import CaptureSettings  # noqa: E402
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "models" / "reference"
 SECOND = "documentation-only"
@@ -240,7 +241,7 @@ def test_an_interrupted_run_remembers_its_settings(runs, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("studies.runs.capture_run._calibration_stage", fail)
+        patch.setattr("studies.runs.capture_run.calibration_stage", fail)
         capture_run(str(runs / "model"), broken, SETTINGS, commit="none")
     message = rf"^{re.escape(str(broken))} was captured with other settings: batch was"
     with pytest.raises(ValueError, match=message):

@@ -14,7 +14,6 @@ both are disjoint from `training_text`.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -26,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from .mixes import FOLDER_STREAMS, MIXES, Member, Stream, quotas
-from .records import FOLDER_VARIABLE, content_of, folder_records, open_stream, opening_of
+from .records import content_of, corpora_folder, folder_records, open_stream, opening_of
 
 RESERVE_LENGTH = 512  # reserves count sequences of this many tokens, whatever length is asked for
 RECORDS_A_BATCH = 32
@@ -90,12 +89,6 @@ class Layout:
         """int32 [rows, length]."""
         filled = [row + [self.padding] * (self.length - len(row)) for row in rows]
         return torch.tensor(filled, dtype=torch.int32).view(len(rows), self.length)
-
-
-def corpora_folder(folder: str | Path | None = None) -> Path | None:
-    """The folder of text: the argument, else ``$NVFP4_CORPORA``, else None."""
-    found = folder or os.environ.get(FOLDER_VARIABLE)
-    return Path(found) if found else None
 
 
 # ------------------------------------------------------------------------ rendering and zoning

@@ -65,7 +65,7 @@ class Answer:
     def text(self) -> str:
         """The numbers behind the verdict, in up to three sentences."""
         if not self.change:
-            return "`python -m studies.runs.capture_run --end-to-end` measures it."
+            return "`make capture ... END_TO_END=1` measures it."
         clip = [c["p99.99"][0] for c in self.change.values()]
         said = (
             f"Clipping at p99.99 changes the KL divergence by {loss_tables.span(clip, '+.0f')} % "
