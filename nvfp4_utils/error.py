@@ -160,7 +160,8 @@ class Parabolas:
         )
         first = int((energy.cumsum(0) <= negligible).sum())
         self.energy, self.row_energy = float(energy.sum()), energy[first:]
-        self.block_amax = weighted[first:] / energy[first:]
+        mean = weighted[first:] / energy[first:]  # of equal float16 codes; exact of bfloat16
+        self.block_amax = mean.to(torch.float32).to(torch.float64)
         # Columns go down from the largest code, so that running sums count what lies above a threshold.
         # Six octaves under the smallest row kept all elements are zero, unless that row saturates.
         self.highest = int(codes[-1])
@@ -168,7 +169,9 @@ class Parabolas:
         kept = row >= first
         column = (self.highest + 1 - _bfloat16_code(x[kept])).clamp(max=self.columns - 1)
         cell = (row[kept] + 1 - first) * self.columns + column
-        sums = torch.zeros(len(self.row_energy) + 1, self.columns, 2, dtype=torch.float64, device=x.device)
+        sums = torch.zeros(
+            len(self.row_energy) + 1, self.columns, 2, dtype=torch.float64, device=x.device
+        )
         for k, values in enumerate((counts.to(torch.float64), counts * x)):
             sums.view(-1, 2)[:, k].index_add_(0, cell, values[kept])
         torch.cumsum(sums, 0, out=sums)

@@ -19,6 +19,7 @@ from .histogram import codes_to_values
 from .quantize import (
     AMAX_PER_SCALE,
     E2M1_MAX,
+    E4M3_MAX,
     E4M3_MIN_SUBNORMAL,
     E4M3_NORMAL_RANGE,
     HIGHEST_SCALE,
@@ -28,45 +29,75 @@ from .quantize import (
 )
 from .statistics import ActivationStatistics
 
-GRID_POINTS = 64  # an octave
-HEAVY_ROWS = 4  # block amaxes of most energy, whose flips all are looked at
-NEAR = 64  # scales whose neighbourhood is searched,
-NEARBY = 1 / GRID_POINTS  # this many octaves to each side
-EXACT = 12  # scales whose error is computed exactly
+CELLS = 64  # of an octave
+HEAVY_ROWS = 4  # block amaxes of most energy, whose flips are looked at in every octave
+PLACES = 2**14  # of an octave that count as different
+EXACT = 12  # places whose error is computed exactly
 BOTH_SIDES = torch.tensor([1 - 2**-18, 1 + 2**-18], dtype=torch.float64)
 
-Span = tuple[float, float]  # of calibrated amaxes, the first included, the last not
+Octave = tuple[float, float]  # of calibrated amaxes, the first included, the last not
 
 
 def least_error(
-    statistics: ActivationStatistics, underflow: Underflow, spans: list[Span] | None = None
+    statistics: ActivationStatistics, underflow: Underflow, octaves: list[Octave] | None = None
 ) -> float:
-    """The calibrated amax of least error within the spans; all that can hold it by default.
+    """The calibrated amax of least error within some octaves; by default, all that can hold it.
 
-    1. A log grid, and both sides of the flips of the block amaxes with most energy.
-    2. The vertex of the parabola at each of those.
-    3. Near the best of all these, both sides of every flip, and their vertices.
-    4. The exact error of the few best decides.
+    1. In every octave a log grid, and both sides of the flips of the block amaxes with most energy;
+       and at each the vertex of its parabola.
+    2. Octaves are much alike. So of each of the grid's cells the one in the octave where it is best:
+       both sides of every flip in it, and their vertices.
+    3. The best few places, wherever they were found, in every octave; their exact error decides.
     """
     curve = statistics.parabolas
-    if spans is None:
-        spans = spans_of_oracle(statistics, underflow)
-    scales = torch.tensor(spans, dtype=torch.float64) / AMAX_PER_SCALE
-    scales = scales.clamp(LOWEST_SCALE, HIGHEST_SCALE * (1 - 2**-24)).to(curve.block_amax.device)
-    points = torch.arange(GRID_POINTS, device=scales.device) / GRID_POINTS
-    grid = [low * (high / low) ** points for low, high in scales]  # spans are octaves
+    tried = _Tried(curve, underflow, octaves or octaves_of_least_error(statistics, underflow))
+    grid = 2 ** (torch.arange(CELLS, dtype=torch.float64, device=curve.block_amax.device) / CELLS)
+    tried.add((tried.octaves[:, :1] * grid).flatten())
     heavy = curve.block_amax[curve.row_energy.argsort(descending=True)[:HEAVY_ROWS]]
-    found = _with_vertices(curve, torch.cat([*grid, _flips(heavy, scales)]), underflow, scales)
-    best = _best(*found, NEAR)
-    near = torch.stack([best * 2**-NEARBY, best * 2**NEARBY], 1)
-    flips = _within(_flips(curve.block_amax, near), scales)
-    more = _with_vertices(curve, flips, underflow, scales)
-    best = _best(*(torch.cat(pair) for pair in zip(found, more, strict=True)), EXACT)
-    amaxes = best.cpu().numpy() * AMAX_PER_SCALE
+    tried.add(_flips(heavy, tried.octaves))
+
+    cells = tried.octave_of(tried.best(CELLS), parts=CELLS)
+    tried.add(_flips(curve.block_amax, torch.stack([cells, cells * grid[1]], 1)))
+
+    best = tried.best(PLACES)[:EXACT]
+    tried.add((tried.octaves[:, :1] * (best / tried.octave_of(best))).flatten())
+    amaxes = tried.best(PLACES)[:EXACT].cpu().numpy()
     return float(amaxes[statistics.mse(input_scale_from_amax(amaxes), underflow).argmin()])
 
 
-def spans_of_oracle(statistics: ActivationStatistics, underflow: Underflow) -> list[Span]:
+class _Tried:
+    """Calibrated amaxes within some octaves and their errors, to a millionth of the least."""
+
+    def __init__(self, curve: Parabolas, underflow: Underflow, octaves: list[Octave]):
+        self.curve, self.underflow = curve, underflow
+        self.octaves = torch.tensor(octaves, dtype=torch.float64, device=curve.block_amax.device)
+        self.amaxes = self.errors = self.octaves[:0, 0]
+
+    def add(self, amaxes: torch.Tensor) -> None:
+        """Try the amaxes, and the vertices of the parabolas on which they lie."""
+        for _ in range(2):
+            scales = _within(amaxes, self.octaves) / AMAX_PER_SCALE
+            scales = scales[(scales >= LOWEST_SCALE) & (scales < HIGHEST_SCALE * (1 - 2**-24))]
+            a, b = self.curve.at(scales, self.underflow)
+            self.amaxes = torch.cat([self.amaxes, scales * AMAX_PER_SCALE])
+            self.errors = torch.cat([self.errors, self.curve.energy - scales * (2 * a - scales * b)])
+            amaxes = (a / b)[b > 0] * AMAX_PER_SCALE
+
+    def octave_of(self, amaxes: torch.Tensor, parts: int = 1) -> torch.Tensor:
+        """Where the octave begins that holds each amax, or its n-th part."""
+        low = self.octaves[0, 0]
+        return low * 2 ** (torch.floor(torch.log2(amaxes / low) * parts) / parts)
+
+    def best(self, parts: int) -> torch.Tensor:
+        """The best amax in each part of an octave, whichever octave that is in; the best first."""
+        amaxes = self.amaxes[self.errors.argsort(stable=True)]
+        part = torch.floor(torch.log2(amaxes / self.octaves[0, 0]) * parts) % parts
+        part, at = part.sort(stable=True)
+        first = torch.cat([part[:1] >= 0, part[1:] != part[:-1]])
+        return amaxes[at[first].sort().values]
+
+
+def octaves_of_least_error(statistics: ActivationStatistics, underflow: Underflow) -> list[Octave]:
     """The octaves, counted from the largest amax, that can hold the least error.
 
     Below, a calibrated amax ``L`` costs at least ``sum max(|x| - L, 0)**2``, as nothing quantizes above
@@ -85,39 +116,27 @@ def spans_of_oracle(statistics: ActivationStatistics, underflow: Underflow) -> l
     zero_at = E2M1_MAX * E4M3_MIN_SUBNORMAL / 2 if underflow == "flush" else E4M3_MIN_SUBNORMAL / 4
     lost = np.concatenate([[0], curve.row_energy.cumsum(0).cpu().numpy()])
     block_amax = curve.block_amax.cpu().numpy()
-    spans, octave = [], lowest
+    octaves, octave = [], lowest
     while True:
         low, high = top * 2.0**octave, top * 2.0 ** (octave + 1)
         zeroed = np.searchsorted(block_amax, zero_at * low / AMAX_PER_SCALE, side="right")
         if lost[zeroed] > known or low / AMAX_PER_SCALE >= HIGHEST_SCALE:
-            return spans
+            return octaves
         if octave <= 0 or high > E4M3_NORMAL_RANGE * block_amax[0]:
-            spans.append((low, high))
+            octaves.append((low, high))
         octave += 1
 
 
 def _flips(block_amax: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
-    """Both sides of the scales within the spans where a block scale flips, without repeats."""
-    flips = block_amax[:, None] / (E2M1_MAX * FLIPS.to(block_amax.device))
-    flips = _within(flips.flatten().sort().values, spans)
+    """Both sides of the calibrated amaxes within the spans [n, 2] where a block scale flips."""
+    flips = E4M3_MAX * block_amax[:, None] / FLIPS.to(block_amax.device)
+    flips = _within(flips.flatten(), spans).unique()  # blocks whole octaves apart flip together
     return (flips[:, None] * BOTH_SIDES.to(flips.device)).flatten()
 
 
-def _within(scales: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
-    """The scales that lie in one of the spans [n, 2]."""
-    begun, ended = (torch.searchsorted(e.contiguous().sort().values, scales, right=True) for e in spans.T)
-    return scales[begun > ended]
-
-
-def _with_vertices(curve: Parabolas, scales, underflow: Underflow, spans) -> tuple[torch.Tensor, ...]:
-    """The scales and the vertices of their parabolas within the spans, and the error at each."""
-    a, b = curve.at(scales, underflow)
-    vertices = _within((a / b)[b > 0], spans)
-    scales = torch.cat([scales, vertices])
-    a, b = (torch.cat(pair) for pair in zip((a, b), curve.at(vertices, underflow), strict=True))
-    return scales, curve.energy - scales * (2 * a - scales * b)
-
-
-def _best(scales: torch.Tensor, errors: torch.Tensor, count: int) -> torch.Tensor:
-    """The ``count`` scales of least error."""
-    return scales[errors.argsort(stable=True)[:count]]
+def _within(amaxes: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
+    """The amaxes that lie in one of the spans [n, 2], which do not overlap."""
+    begun, ended = (
+        torch.searchsorted(edge.contiguous().sort().values, amaxes, right=True) for edge in spans.T
+    )
+    return amaxes[begun > ended]
