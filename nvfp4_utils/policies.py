@@ -104,8 +104,8 @@ def room(statistics: ActivationStatistics, tolerance: float = 0.01) -> int:
 
     As long as block scales are normal, doubling the scale changes no error. The first whole octave whose
     error under flush, every block weighted alike (``block_snr_db``), exceeds that at the amax by more
-    than the share ``tolerance`` is the first too many. At most 22, where every block is flushed, or as many
-    as the scale has.
+    than the share ``tolerance`` is the first too many. At most 22, where every block is flushed, or what
+    the largest scale allows.
     """
     amaxes = amax(statistics) * 2.0 ** np.arange(MOST_ROOM + 1)
     scales = input_scale_from_amax(amaxes[amaxes < HIGHEST_SCALE * AMAX_PER_SCALE])

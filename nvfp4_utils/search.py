@@ -5,8 +5,8 @@
 Between two scales where a block scale flips to its E4M3 neighbour the error is continuous and made of
 parabolas. Where an element changes its code, the lower of two parabolas holds: a kink that bends down,
 never a minimum. So every local minimum is the vertex of a parabola or one side of a flip. A value that
-dominates makes narrow valleys, at the scales that represent it exactly; those are vertices, and any scale
-on the same parabola finds them.
+dominates makes narrow valleys, at the scales that represent it exactly; these are vertices, which any
+scale on the same parabola finds.
 """
 
 from __future__ import annotations
