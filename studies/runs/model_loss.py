@@ -10,11 +10,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from nvfp4_utils.policies import calibrate
 from nvfp4_utils.quantize import UNDERFLOWS
 from studies.data import corpora
 
 from . import captured, plan, tables, unfinished
-from .calibrated import calibrate
 from .end_to_end import evaluate_to
 from .run_folder import whole
 from .settings import policy_settings, uncalibrated_settings

@@ -15,9 +15,11 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from nvfp4_utils.policies import calibrate
+
 from . import captured, run_folder, scoring, tables, unfinished
-from .calibrated import calibrate, oracles, say_missing
 from .capture_settings import CaptureSettings
+from .no_value import oracles, say_missing
 from .store import replacing, write_table
 from .subsets import SubsetMarginals
 from .token_amaxes import TokenAmaxes

@@ -15,10 +15,8 @@ import pandas as pd
 import torch
 
 from nvfp4_utils.histogram import CODE_BITS, Marginals
-from nvfp4_utils.policies import FROM_MARGINALS
+from nvfp4_utils.policies import FROM_MARGINALS, calibrate
 from nvfp4_utils.quantize import BLOCK_SIZE, check_tensor
-
-from .calibrated import calibrate
 
 CODES = 2**CODE_BITS
 STUDY_SEED = 1000  # the study's subset of seed s is randperm(total, manual_seed(1000 + s))[:n]

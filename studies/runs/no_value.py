@@ -1,30 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The NVFP4 Calibration Book authors
-"""Policies and oracle where a site may have no value for them: all zero, or with few nonzeros."""
+"""Sites where a policy or the oracle has no value: all zero, or with few nonzeros."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import pandas as pd
 
 from nvfp4_utils import policies
 from nvfp4_utils.quantize import UNDERFLOWS, Underflow
 from nvfp4_utils.statistics import ActivationStatistics
-
-
-def calibrate(
-    statistics: policies.Statistics, names: Iterable[str] = policies.CALIBRATED
-) -> dict[str, float]:
-    """The calibrated amax of each policy, NaN where it has none: p99 with 0.5 % nonzeros is zero."""
-    found: dict[str, float] = {}
-    for name in names:
-        try:
-            found |= policies.calibrate(statistics, [name])
-        except ValueError:
-            found[name] = math.nan
-    return found
 
 
 def oracles(total: ActivationStatistics) -> dict[Underflow, float]:
