@@ -128,7 +128,7 @@ def test_the_helper_is_small() -> None:
     # 2,200 at the split. After it came the block-weighted SNR, the policies that use the room above the
     # amax, and the checks that a site sees every sequence once; then sites found by structure on any
     # architecture, mixtures of experts, and a check of every batch.
-    assert sum(lines.values()) <= 2900
+    assert sum(lines.values()) <= 3050
     assert max(lines.values()) <= 300, lines
     assert len(list((ROOT / "nvfp4_utils").rglob("*.cu"))) == 1
 
