@@ -137,10 +137,13 @@ def test_only_padding_leaves_the_statistic_empty():
 def test_nan_raises_and_a_change_in_place_is_noticed():
     x = normal(2, 8, 64).to(BF16)
     x[1, 2, 3:5] = math.nan
-    counter = DeviceCounter(Reports())
-    counter.add(x, None, 0)
-    with pytest.raises(ValueError, match=r"^x holds 2 values that are NaN or infinite;"):
-        counter.close()
+    for label, prefix in (("", ""), ("layers.3.mlp_input", r"layers\.3\.mlp_input: ")):
+        counter = DeviceCounter(Reports())
+        counter.label = label
+        counter.add(x, None, 0)
+        message = rf"^{prefix}x holds 2 values that are NaN or infinite;"
+        with pytest.raises(ValueError, match=message):
+            counter.close()
     x = normal(2, 8, 64).to(BF16)
     counter = DeviceCounter(Reports())
     counter.add(x, None, 0)

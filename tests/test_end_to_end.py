@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 from nvfp4_utils import quantize  # noqa: E402
 from nvfp4_utils.sites import SITES, find_sites  # noqa: E402
 from studies.runs import end_to_end  # noqa: E402
+from studies.runs.architectures import tiny_model  # noqa: E402
 from studies.runs.end_to_end import evaluate, evaluate_to  # noqa: E402
 from studies.runs.quantized import (  # noqa: E402
     find_linears,
@@ -372,17 +373,44 @@ def test_the_model_is_restored_when_something_raises(where, monkeypatch):
 def test_a_linear_without_a_site_is_refused_by_name():
     model = llama()
     model.model.layers[0].mlp.extra = torch.nn.Linear(64, 64)
-    message = (
-        "end-to-end evaluation does not cover model.layers.*.mlp.extra (1): its forward is not called"
-    )
+    message = "end-to-end evaluation does not cover model.layers.*.mlp.extra (1 in all): its forward"
     with raises(message):
         find_linears(model)
+
+
+def test_experts_are_refused_by_name():
+    message = (
+        "end-to-end evaluation does not cover model.layers.*.mlp.gate (2 in all): MixtralTopKRouter"
+    )
+    with raises(message), quantized(tiny_model("Mixtral"), Setting("t", "c", "p", rule=PER_TOKEN)):
+        pass
+
+
+def test_a_kind_that_the_model_lacks_is_refused(model):
+    setting = Setting("t", "c", "p", only="x_proj_input", rule=PER_TOKEN)
+    message = (
+        "only is 'x_proj_input'; expected a kind or a label of the model's sites, such as ['layers.0."
+    )
+    with raises(message), quantized(model, setting):
+        pass
+
+
+def test_a_weight_that_is_stored_turned_is_quantized_along_its_input():
+    model = tiny_model("GPT-2")
+    linear = model.transformer.h[0].mlp.c_proj  # a Conv1D, [in, out]
+    weight = linear.weight.detach().clone()
+    with quantized(model, Setting("t", "c", "p", rule=PER_TOKEN, weights="nvfp4")):
+        got = linear.weight.detach().clone()
+    scale = fp32(weight.abs().max().item() / 2688)
+    rows = reference(weight.T.contiguous(), scale, "floor", weight.dtype, np.float32)
+    assert torch.equal(got, rows.view(weight.T.shape).T) and not torch.equal(got, weight)
+    assert torch.equal(linear.weight, weight)
 
 
 def test_a_linear_that_is_not_called_is_refused_by_name():
     model = llama()
     model.model.layers[1].mlp.forward = lambda x: x
-    message = "end-to-end evaluation does not cover model.layers.*.mlp.gate_proj (1): its forward is not"
+    message = "end-to-end evaluation does not cover model.layers.*.mlp.gate_proj,"
     with raises(message):
         evaluate(model, tokens(), uncalibrated_settings("t"), progress=False)
 

@@ -127,8 +127,8 @@ def test_the_helper_is_small() -> None:
     assert len(modules) <= 15
     # 2,200 at the split. After it came the block-weighted SNR, the policies that use the room above the
     # amax, and the checks that a site sees every sequence once; then sites found by structure on any
-    # architecture, mixtures of experts, a check of every batch, a file of a statistic checked in full, and
-    # an oracle that is exact and fast.
+    # architecture, mixtures of experts, a check of every batch, a statistic's file that is checked in
+    # full, and an oracle that is exact and fast.
     assert sum(lines.values()) <= 3350
     assert max(lines.values()) <= 300, lines
     assert len(list((ROOT / "nvfp4_utils").rglob("*.cu"))) == 1
