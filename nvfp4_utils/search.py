@@ -76,12 +76,15 @@ class _Tried:
     def add(self, amaxes: torch.Tensor) -> None:
         """Try the amaxes, and the vertices of the parabolas on which they lie."""
         for _ in range(2):
-            scales = _within(amaxes, self.octaves) / AMAX_PER_SCALE
+            scales = _within(amaxes, self.octaves).unique() / AMAX_PER_SCALE
             scales = scales[(scales >= LOWEST_SCALE) & (scales < HIGHEST_SCALE * (1 - 2**-24))]
             a, b = self.curve.at(scales, self.underflow)
             self.amaxes = torch.cat([self.amaxes, scales * AMAX_PER_SCALE])
             self.errors = torch.cat([self.errors, self.curve.energy - scales * (2 * a - scales * b)])
-            amaxes = (a / b)[b > 0] * AMAX_PER_SCALE
+            vertices = a / b  # kept up to the next amax to each side, which finds those beyond itself
+            next_one = torch.cat([0 * scales[:1], scales, torch.inf + scales[:1]])
+            kept = (next_one[:-2] < vertices) & (vertices < next_one[2:])
+            amaxes = vertices[kept] * AMAX_PER_SCALE
 
     def octave_of(self, amaxes: torch.Tensor, parts: int = 1) -> torch.Tensor:
         """Where the octave begins that holds each amax, or its n-th part."""
