@@ -129,7 +129,7 @@ def readable(color) -> str:
     if contrast(rgb) > 1.2:  # else it is meant for a dark ground
         while contrast(rgb) < 4.55:
             rgb = rgb * 0.97
-    return to_hex(rgb)
+    return to_hex(tuple(rgb))
 
 
 def _pixels_for_crowds(fig: plt.Figure) -> None:
@@ -204,15 +204,41 @@ def table(
     ``wrap``: cells hold sentences, which may take several lines.
     """
     style = f".{digits}{'g' if significant else 'f'}"
-    frame = in_words(frame)
-    classes = ["table"] + ["wrap"] * wrap + ["stick"] * (frame.index.nlevels == 1)
+    frame, groups = rows_of_groups(in_words(frame))
     body = frame.to_html(float_format=lambda v: number(v, style), border=0, index_names=False,
-                         classes=classes, na_rep="–")  # fmt: skip
+                         classes="table wrap" if wrap else "table", na_rep="–")  # fmt: skip
     head, rest = body.split("</thead>")
-    corner = head.rsplit("<th></th>", frame.index.nlevels)  # one header row: the index's names go there
-    names = [f"<th>{html.escape(str(name or ''))}</th>" for name in frame.index.names]
-    head = corner[0] + "".join(itertools.chain(*zip(names, corner[1:], strict=True)))
-    _display("HTML", _region("Table", caption, f"{head}</thead>{rest}") + f"<p><em>{caption}</em></p>")
+    before, _, after = head.rpartition(
+        "<th></th>"
+    )  # one header row: the index's name goes into its corner
+    head = f"{before}<th>{html.escape(str(frame.index.name or ''))}</th>{after}</thead>"
+    first, *rows = rest.split("<tr>")
+    span = frame.index.nlevels + len(frame.columns)
+    titles = {
+        at: f'<tr><th colspan="{span}">{html.escape(str(title))}</th></tr>'
+        for at, title in groups.items()
+    }
+    rest = first + "".join(f"{titles.get(at, '')}<tr>{row}" for at, row in enumerate(rows))
+    _display("HTML", _region("Table", caption, head + rest) + f"<p><em>{caption}</em></p>")
+
+
+def rows_of_groups(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[int, str]]:
+    """The frame with one column of names, so that numbers begin beside it also on a phone.
+
+    Where rows share the first level of the index, it becomes a title above them, by the number of the
+    row it stands above; the levels that are left are joined by commas.
+    """
+    index = frame.index
+    if index.nlevels == 1:
+        return frame, {}
+    first = index.get_level_values(0).astype(str)
+    starts = [i for i in range(len(first)) if i == 0 or first[i] != first[i - 1]]
+    shared = len(starts) < len(first)
+    levels = list(range(shared, index.nlevels))
+    names = [str(index.names[level]) for level in levels if index.names[level]]
+    joined = [", ".join(str(key[level]) for level in levels) for key in index]
+    frame = frame.set_axis(pd.Index(joined, name=", ".join(names)), axis=0)
+    return frame, {i: first[i] for i in starts} if shared else {}
 
 
 def number(value: float, style: str) -> str:
@@ -227,6 +253,13 @@ def in_words(frame: pd.DataFrame) -> pd.DataFrame:
     frame.columns = frame.columns.set_names([None] * frame.columns.nlevels)
     frame.index = frame.index.set_names([WORDS.get(str(name), name) for name in frame.index.names])
     return frame
+
+
+def problem(question: str, answer: str) -> None:
+    """Display a worked problem with its answer folded; simple HTML, code may be in backticks."""
+    question, answer = (re.sub(r"`([^`]+)`", r"<code>\1</code>", text) for text in (question, answer))
+    summary = f"<summary>{question}</summary>"
+    _display("HTML", f'<details class="problem">{summary}<p>{answer}</p></details>')
 
 
 def provenance(info: dict) -> None:

@@ -15,7 +15,7 @@
   // Font size on the screen: what the style says, times what the drawing is scaled by.
   const smallText = () =>
     all("figure svg text, figure svg tspan").flatMap((e) => {
-      const m = e.getScreenCTM();
+      const m = e.closest("text").getScreenCTM();
       const size = parseFloat(getComputedStyle(e).fontSize) * Math.hypot(m.a, m.b);
       return size < 7.95 ? [`${size.toFixed(1)} px: ${words(e)}`] : [];
     });

@@ -65,7 +65,7 @@ class Visit:
 def accessibility(page: Any, rules: dict[str, Any]) -> list[str]:
     """What axe finds against ``rules``; also text in the colour of its ground, where axe is unsure."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    options = {"runOnly": rules, "resultTypes": ["violations", "incomplete"]}
+    options = {"runOnly": rules, "resultTypes": ["violations", "incomplete"], "preload": False}
     found = axe.run(page, options=options).response
     nodes = [(rule["id"], node) for rule in found["violations"] for node in rule["nodes"]]
     for rule in found["incomplete"]:
@@ -85,7 +85,7 @@ def test_a_page_can_be_read(browser: Any, origin: str, name: str, theme: str, wi
         findings = {kind: found for kind, found in visit.page.evaluate(f"({PROBES})()").items() if found}
         rules = (
             {"type": "tag", "values": WCAG}
-            if width == 1280
+            if (theme, width) == ("light", 1280)
             else {"type": "rule", "values": ["color-contrast"]}
         )
         if axe := accessibility(visit.page, rules):
@@ -158,15 +158,14 @@ def test_the_search_finds_a_page(browser: Any, origin: str) -> None:
         assert visit.faults == []
 
 
+WIDE = "<p style='width:2000px'>a</p>"
 FAULTS = {
-    "numbers out of sight": """<article><table><tr><th style="min-width:1260px">a</th><td>1.00</td></tr>
-        </table></article>""",
-    "figure text under 8 px": """<figure><svg viewBox="0 0 700 99" width="350"><text y="50" font-size="10">a
-        </text></svg></figure>""",
+    "numbers out of sight": "<article><table><tr><th width=1270>a<td>1.00</table></article>",
+    "figure text under 8 px": """<figure><svg viewBox="0 0 700 99" width="350">
+        <text y="50" font-size="10">a</text></svg></figure>""",
     "pale figure text": "<figure><svg><text y='50' fill='#E69F00'>p99.9</text></svg></figure>",
-    "scroll area that no key reaches": """<article><div style="overflow-x:auto"><p style="width:2000px">a</p>
-        </div></article>""",
-    "wider than the window": "<p style='width:2000px'>a</p>",
+    "scroll area that no key reaches": f"<article><div style='overflow-x:auto'>{WIDE}</div></article>",
+    "wider than the window": WIDE,
     "icon without a drawing": "<i class='fa-solid fa-bars'>a</i>",
 }
 
