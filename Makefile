@@ -107,10 +107,10 @@ models/downloaded/.asked: .venv/.book
 	@touch $@
 
 # Agg as an inherited backend would leave the pages without figures.
-# A page also depends on its own module in studies/pages, and the first page on those of the answers.
+# A page also depends on its own module in studies/pages, the first and the cheat sheet on the answers' too.
 .SECONDEXPANSION:
 $(EXECUTED)/capture.ipynb $(EXECUTED)/models.ipynb: models/downloaded/.asked
-$(EXECUTED)/index.ipynb: $(wildcard studies/pages/q?_*.py) studies/pages/what_to_set.py
+$(EXECUTED)/index.ipynb $(EXECUTED)/cheat_sheet.ipynb: $(wildcard studies/pages/q?_*.py) studies/pages/what_to_set.py
 $(EXECUTED)/%.ipynb: notebooks/%.ipynb scripts/execute_notebook.py $(CODE) $$(wildcard studies/pages/$$*.py) \
 		$(DATA) .venv/.book
 	@mkdir -p $(@D)

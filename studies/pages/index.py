@@ -44,6 +44,18 @@ def scope(runs: Sequence[Run]) -> str:
     return f"Scope: {loss_tables.scope(runs)}. {q2_which_policy.published_accuracy()} {NOT_HERE}"
 
 
+def certainty(runs: Sequence[Run]) -> str:
+    """How sure the recommendation is, Markdown."""
+    runs = tuple(runs)
+    policy, noise = what_to_set.chosen(runs), max(what_to_set.noise_floor(runs).values())
+    best, plain = (what_to_set.worst(runs, p).percent for p in (policy, "amax"))
+    return (
+        f"**How sure?** Over every text tried on {len(runs)} small models, this changes the KL "
+        f"divergence from the unquantized model by at most {best:+.1f} %, the plain "
+        f"amax by up to {plain:+.0f} %; {noise:.1f} % is chance. {NOT_HERE}"
+    )
+
+
 def octaves_above(run: Run, policy: str) -> float:
     """How far a policy's calibrated amax lies above the amax, median over sites of the featured mix."""
     amaxes = run.policies(run.featured_mix).astype({"policy": str, "site": str})
