@@ -26,7 +26,7 @@ SEARCH_SCRIPT = re.compile(
 )
 
 ANSWER = re.compile(
-    r'class="admonition tip">\s*<p class="admonition-title">[^<]*</p>(.*?)</div>', re.DOTALL
+    r'<div class="admonition tip">\s*<p class="admonition-title">[^<]*</p>(.*?)</div>', re.DOTALL
 )
 TITLE_TWICE = re.compile(r"<title>(.+?) &#8212; \1</title>")  # the first page's is the book's
 PARAGRAPH = re.compile(r"<p>(.*?)</p>", re.DOTALL)
@@ -75,6 +75,14 @@ def without_repeats(text: str) -> str:
     return INLINE_SCRIPT.sub(keep, text)
 
 
+def answer_first(app: Sphinx, _page: str, _template: str, context: dict[str, Any], _tree: Any) -> None:
+    """Put the answer box under the title, before the folded code that computes it."""
+    body = context.get("body", "")
+    if (box := ANSWER.search(body)) and "</h1>" in body:
+        title, rest = body.replace(box[0], "", 1).split("</h1>", 1)
+        context["body"] = f"{title}</h1>{box[0]}{rest}"
+
+
 def described(app: Sphinx, _page: str, _template: str, context: dict[str, Any], _tree: Any) -> None:
     """Tell readers who have only a link what the page says: its answer, else its first paragraph."""
     said = ANSWER.search(context.get("body", "")) or PARAGRAPH.search(context.get("body", ""))
@@ -113,6 +121,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     ziamath.config.svg2 = False  # glyphs as paths in place: no ids to collide on a page
     ziamath.config.precision = 2
     app.add_html_math_renderer("drawn", (draw_inline, None), (draw_block, None))
+    app.connect("html-page-context", answer_first)
     app.connect("html-page-context", described)
     app.connect("build-finished", lighten)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
