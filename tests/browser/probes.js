@@ -51,6 +51,10 @@
       return scrolls && e.tabIndex < 0 ? [`${e.tagName}.${e.className}: ${words(e)}`] : [];
     });
 
+  const unseenOutput = () =>
+    [...document.querySelectorAll("article .cell_output, article .cell_output > *")].flatMap((e) =>
+      e.textContent.trim() && !shown(e) && !e.closest("details:not([open])") ? [words(e)] : []);
+
   const invisibleIcons = () =>
     all("[class*='fa-']").flatMap((e) => {
       const content = getComputedStyle(e, "::before").content;
@@ -64,6 +68,7 @@
     "pale figure text": paleFigureText(),
     "numbers out of sight": unseenNumbers(),
     "scroll area that no key reaches": unreachable(),
+    "output that is not shown": unseenOutput(),
     "icon without a drawing": invisibleIcons(),
   };
 };

@@ -165,6 +165,7 @@ FAULTS = {
         <text y="50" font-size="10">a</text></svg></figure>""",
     "pale figure text": "<figure><svg><text y='50' fill='#E69F00'>p99.9</text></svg></figure>",
     "scroll area that no key reaches": f"<article><div style='overflow-x:auto'>{WIDE}</div></article>",
+    "output that is not shown": "<article><p class='cell_output' style='display:none'>a</p></article>",
     "wider than the window": WIDE,
     "icon without a drawing": "<i class='fa-solid fa-bars'>a</i>",
 }
