@@ -126,7 +126,7 @@ def readable(color) -> str:
         linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
         return 1.05 / (float(linear @ [0.2126, 0.7152, 0.0722]) + 0.05)
 
-    if contrast(rgb) > 1.2:  # else it is meant for a dark ground
+    if rgb.min() < 0.9:  # else it is meant for a dark ground
         while contrast(rgb) < 4.55:
             rgb = rgb * 0.97
     return to_hex(tuple(rgb))

@@ -29,7 +29,7 @@
     all("figure svg text, figure svg tspan").flatMap((e) => {
       const fill = getComputedStyle(e).fill;
       const ratio = 1.05 / (luminance(fill) + 0.05);
-      return ratio > 1.01 && ratio < 4.5 ? [`${ratio.toFixed(2)}: ${words(e)} in ${fill}`] : [];
+      return fill !== "rgb(255, 255, 255)" && ratio < 4.5 ? [`${ratio.toFixed(2)}: ${words(e)} in ${fill}`] : [];
     });
 
   // A reader who has not scrolled sees at least the first cell beside the row's name.
