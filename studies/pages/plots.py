@@ -71,7 +71,7 @@ WORDS = {
     "nll": "loss of the text (nats)"
 }  # fmt: skip
 LEAST_TEXT = 8  # px: below it, a figure scrolls sideways instead of shrinking
-MANY_MARKERS = 400  # more than these of one artist are drawn as pixels: as paths they weigh more
+MANY_MARKERS = 100  # more than these of one artist are drawn as pixels: as paths they weigh more
 
 
 def model_label(model_name: str) -> str:
@@ -142,6 +142,11 @@ def _pixels_for_crowds(fig: plt.Figure) -> None:
             points.set_rasterized(crowd > MANY_MARKERS)
 
 
+def _shorter(coordinates: re.Match[str]) -> str:
+    """To a tenth of a point, which no screen shows."""
+    return re.sub(r"(\d\.\d)\d+", r"\1", " ".join(coordinates[0].split()))
+
+
 def figure_svg(fig: plt.Figure, alt: str) -> str:
     """The figure as inline SVG; it shrinks with the page until its smallest text has ``LEAST_TEXT``."""
     _pixels_for_crowds(fig)
@@ -159,10 +164,10 @@ def figure_svg(fig: plt.Figure, alt: str) -> str:
         (r'(<svg[^>]*?) height="[^"]*"', r"\1"),
         (r'<g id="[^"]*"', "<g"),  # names that other figures have too
         (r" *font-family: [^;\"]*;?", ""),
-        (r"(\d\.\d{2})\d+", r"\1"),
         (r">\s+<", "><"),
     ):
         svg = re.sub(unwanted, kept, svg, flags=re.DOTALL)
+    svg = re.sub(r'(?<= )(d|x|y|x1|x2|y1|y2)="[^"]*"', _shorter, svg)
     smallest = min(
         map(float, re.findall(r"font(?:-size)?: [^;\"]*?([\d.]+)px", svg)), default=10
     )  # points
