@@ -142,7 +142,7 @@ def test_the_search_finds_a_page(browser: Any, origin: str) -> None:
 
 WIDE = "<p style='width:2000px'>a</p>"
 FAULTS = {
-    "numbers out of sight": "<article><table><tr><th width=1270>a<td>1.00</table></article>",
+    "numbers out of sight": f"<article><table><tr><th>{WIDE}<td>1.00</table></article>",
     "figure text under 8 px": """<figure><svg viewBox="0 0 700 99" width="350">
         <text y="50" font-size="10">a</text></svg></figure>""",
     "pale text": "<p style='color:#222;background:#222'>unseen</p>",
