@@ -43,18 +43,21 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test lab lint linkcheck models capture benchmark recapture clean
+.PHONY: help book test test-browser lab lint linkcheck models capture benchmark recapture clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
-		while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
+		while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 book: $(BOOK)/.built ## Execute the notebooks and build the pages (RUN=name: from a run of make capture)
 	@echo "Open file://$(abspath $(BOOK))/_build/html/index.html"
 
 test: .venv/.test ## Run the tests (PYTEST_ARGS=... is passed on); GPU tests run where there is one
 	marks=$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")') && \
-		MPLBACKEND=Agg HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "$$marks" $(PYTEST_ARGS)
+		MPLBACKEND=Agg HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "$$marks" --ignore=tests/browser $(PYTEST_ARGS)
+
+test-browser: $(BOOK)/.built .venv/.browser ## Look at every built page in the system's Chromium (or CHROMIUM=path)
+	$(BIN)/python -m pytest tests/browser tests/test_pages.py $(PYTEST_ARGS)
 
 lab: .venv/.book ## Open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. notebooks
@@ -103,6 +106,11 @@ $(BIN)/python:
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
+.venv/.browser: requirements-browser.txt .venv/.test
+	@echo "Installing requirements-browser.txt into .venv"
+	$(PIP) -r requirements-browser.txt
+	@touch $@
+
 # The capture page runs SmolLM2 where it can be had; without it, the embedded model.
 models/downloaded/.asked: .venv/.book
 	@mkdir -p $(@D)
@@ -111,10 +119,10 @@ models/downloaded/.asked: .venv/.book
 	@touch $@
 
 # Agg as an inherited backend would leave the pages without figures.
-# A page also depends on its own module in studies/pages, and the first page on those of the answers.
+# A page also depends on its own module in studies/pages, the first and the cheat sheet on the answers' too.
 .SECONDEXPANSION:
 $(EXECUTED)/capture.ipynb $(EXECUTED)/models.ipynb: models/downloaded/.asked
-$(EXECUTED)/index.ipynb: $(wildcard studies/pages/q?_*.py) studies/pages/what_to_set.py
+$(EXECUTED)/index.ipynb $(EXECUTED)/cheat_sheet.ipynb: $(wildcard studies/pages/q?_*.py) studies/pages/what_to_set.py
 $(EXECUTED)/%.ipynb: notebooks/%.ipynb scripts/execute_notebook.py $(CODE) $$(wildcard studies/pages/$$*.py) \
 		$(DATA) .venv/.book
 	@mkdir -p $(@D)

@@ -37,7 +37,7 @@ ORDER = (
     "notebooks",
 )
 SHARED_PAGES = {"block_shapes", "loss_tables", "plots", "regimes", "snr_tables", "tails"}
-FIRST_PAGE = {"what_to_set"}  # whose verdict the first page repeats
+FIRST_PAGE = {"what_to_set"}  # whose verdict the first page and the cheat sheet repeat
 HELPER = sorted((ROOT / "nvfp4_utils").rglob("*.py"))
 STUDIES = sorted((ROOT / "studies").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -112,7 +112,9 @@ def test_no_circle_within_a_folder_of_studies() -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_uses_shared_modules_and_its_own(path: Path) -> None:
     pages = {i.split(".")[2] for i in imports(path) if i.startswith("studies.pages.")}
-    assert pages <= SHARED_PAGES | {path.stem} | (FIRST_PAGE if path.stem == "index" else set())
+    assert pages <= SHARED_PAGES | {path.stem} | (
+        FIRST_PAGE if path.stem in ("index", "cheat_sheet") else set()
+    )
     assert not [i for i in imports(path) if i.startswith("studies.bench")]
 
 
@@ -203,7 +205,7 @@ def test_touching_a_page_module_reruns_one_notebook(tmp_path: Path) -> None:
 
     assert rerun("README.md") == set()
     assert rerun("studies/pages/theory.py") == {"theory"}
-    assert rerun("studies/pages/what_to_set.py") == {"what_to_set", "index"}
+    assert rerun("studies/pages/what_to_set.py") == {"what_to_set", "index", "cheat_sheet"}
     assert rerun("studies/pages/plots.py") == {n.stem for n in NOTEBOOKS}
     assert rerun("nvfp4_utils/kernels/joint_table.cu") == {n.stem for n in NOTEBOOKS}
 

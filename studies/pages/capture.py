@@ -60,7 +60,7 @@ def range_prose(table: pd.DataFrame, calibration: int) -> str:
 
 def draw_distributions(marginals: Mapping[str, Marginals]) -> plt.Figure:
     """Histograms of |x| and of block amaxes, a panel per site; dotted: where scales turn subnormal."""
-    fig, axes = plt.subplots(2, 2, figsize=(8.4, 5.4), sharex=True, sharey=True)
+    fig, axes = plt.subplots(2, 2, figsize=(8.2, 5.4), sharex=True, sharey=True)
     for ax, (site, m) in zip(axes.flat, marginals.items(), strict=False):
         color = plots.KIND_COLORS.get(kind_of(site), "k")
         for values, name, dashes in (

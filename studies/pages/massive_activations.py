@@ -245,7 +245,7 @@ def layout_table(runs: Mapping[str, Run]) -> pd.DataFrame:
 
 def draw_sites(tables: Mapping[str, pd.DataFrame], factor: float) -> plt.Figure:
     """Amax over the median token's, by layer; a marker per kind of site, massive ones in black."""
-    fig, axes = plt.subplots(1, len(tables), figsize=(8.4, 3.6), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(tables), figsize=(8.2, 3.6), sharey=True, squeeze=False)
     markers = dict(zip(SITES, "^svo", strict=True))
     for ax, (model, table) in zip(axes.flat, tables.items(), strict=True):
         layer = table.index.str.extract(r"\.(\d+)\.")[0].astype(int).to_numpy()
@@ -264,7 +264,7 @@ def draw_sites(tables: Mapping[str, pd.DataFrame], factor: float) -> plt.Figure:
 
 def draw_seen(seen: Mapping[str, pd.DataFrame]) -> plt.Figure:
     """Expected share of the pool's amax, and the probability of a near one, by sequences."""
-    fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True, sharex=True)
+    fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.4), sharey=True, sharex=True)
     for (site, law), color, dashes in zip(seen.items(), 2 * GREYS, 2 * DASHES, strict=False):
         look = {"color": color, "linestyle": dashes}
         axes[0].plot(law.n, law.share, marker="o", ms=3, label=site, **look)

@@ -171,7 +171,7 @@ def accuracy_table(ratios: pd.DataFrame) -> pd.DataFrame:
 def draw_layers(ratios: pd.DataFrame) -> plt.Figure:
     """Ratio by layer, a panel per model; down_proj inputs black, MLP inputs grey, a marker per set."""
     models = list(dict.fromkeys(ratios.model))
-    fig, axes = plt.subplots(1, len(models), figsize=(8.4, 3.6), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(models), figsize=(8.2, 3.6), sharey=True, squeeze=False)
     shades = {"mlp_input": "#999999", "down_proj_input": "#000000"}
     for ax, model in zip(axes.flat, models, strict=True):
         rows = of_text(ratios)[lambda t, model=model: t.model == model]
@@ -190,7 +190,7 @@ def draw_layers(ratios: pd.DataFrame) -> plt.Figure:
 
 def draw_exceedance(ratios: pd.DataFrame, own: pd.DataFrame) -> plt.Figure:
     """Share of down_proj inputs whose ratio exceeds 2**octaves, by model and what is compared."""
-    fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), sharex=True, sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.6), sharex=True, sharey=True)
     at = np.linspace(-1, 4, 201)
     looks = (("#000000", "-"), ("#555555", "--"), ("#999999", ":"))
     own = own[own.compared == TEXTS]

@@ -235,7 +235,7 @@ def size_figure(sizes: pd.DataFrame) -> plt.Figure:
 
 def policy_figure(curves: pd.DataFrame) -> plt.Figure:
     """Distance to the oracle against sequences, a line per policy and a panel per convention."""
-    fig, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.6), sharey=True)
     for ax, (convention, style) in zip(axes, plots.UNDERFLOW_STYLE.items(), strict=True):
         for policy, curve in curves.groupby("policy", observed=True):
             plots.policy_line(ax, policy, curve.n, -curve[f"gap_{convention}"])
@@ -279,7 +279,7 @@ def share_figure(shares: pd.DataFrame) -> plt.Figure:
 
 def synthetic_figure(study: pd.DataFrame) -> plt.Figure:
     """SNR against calibration elements on the study's distributions, both conventions."""
-    fig, axes = plt.subplots(2, 4, figsize=(9.6, 5), sharex=True)
+    fig, axes = plt.subplots(2, 4, figsize=(8.2, 5), sharex=True)
     for ax, (name, one) in zip(axes.flat, study.groupby("distribution", sort=False), strict=False):
         for convention, style in plots.UNDERFLOW_STYLE.items():
             ax.plot(one.n, one[f"snr_db_{convention}"], color=style.color, ls=style.linestyle,

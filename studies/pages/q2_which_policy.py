@@ -213,7 +213,7 @@ def smallest_gap(results: dict[str, pd.DataFrame]) -> float:
 
 def gap_figure(results: dict[str, pd.DataFrame], shown: list[str]) -> plt.Figure:
     """Distance to the oracle by policy, a point per site and a bar at the mean."""
-    fig, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(8.2, 4.2), sharey=True)
     np.random.seed(0)  # seaborn draws its jitter from here
     for ax, (convention, result) in zip(axes, results.items(), strict=True):
         drawn = result.assign(gap_db=result.gap_db.clip(lower=SHOWN_FROM))
@@ -276,7 +276,7 @@ def ends_table(ends: pd.DataFrame, shown: list[str]) -> pd.DataFrame:
 
 def landing_figure(run: Run, mix: str, sites: list[str]) -> plt.Figure:
     """Test SNR against calibrated amax at two sites, with every policy's place."""
-    fig, axes = plt.subplots(1, len(sites), figsize=(9.6, 4), squeeze=False)
+    fig, axes = plt.subplots(1, len(sites), figsize=(8.2, 4), squeeze=False)
     for ax, site in zip(axes.flat, sites, strict=True):
         curve = run.curve(mix, site)
         for convention, style in plots.UNDERFLOW_STYLE.items():

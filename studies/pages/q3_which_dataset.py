@@ -164,7 +164,7 @@ def square(run: Run, cross: pd.DataFrame, values: str = "loss_db", how: str = "m
 
 def matrix_figure(mean: pd.DataFrame, worst: pd.DataFrame) -> plt.Figure:
     """Heat map of the mean loss, each cell with the worst site's in brackets."""
-    fig, ax = plt.subplots(figsize=(8.4, 5.6))
+    fig, ax = plt.subplots(figsize=(8.2, 5.6))
     limit = max(0.02, float(np.abs(mean.to_numpy()).max()))
     pairs = zip(mean.to_numpy().flat, worst.to_numpy().flat, strict=True)
     labels = np.array([f"{m:.3f}\n({w:.2f})" for m, w in pairs]).reshape(mean.shape)

@@ -147,7 +147,7 @@ def forecast_summary(forecast: pd.DataFrame) -> dict[str, float]:
 
 def growth_figure(fitted: pd.DataFrame) -> plt.Figure:
     """Sequences to 90 % of the pool's amax: against the tail's prediction, and the tail index."""
-    fig, axes = plt.subplots(1, 2, figsize=(9.6, 3.8))
+    fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.8))
     for kind, one in fitted.groupby(fitted.site.map(kind_of), sort=False):
         style = plots.kind_style(kind)
         marks = {"color": style.color, "marker": style.marker, "ms": 5, "ls": ""}

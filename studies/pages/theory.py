@@ -202,7 +202,7 @@ def draw_psi(shapes: dict[str, Shape], gaussian: Shape, colors) -> plt.Figure:
 def draw_sites(points: pd.DataFrame) -> plt.Figure:
     """Exact and matched SNR of every site of one mix, and their difference under each convention."""
     colors = kind_colors(points.kind)
-    fig, axes = plt.subplots(3, len(colors), figsize=(9.6, 7.2), sharex=True, sharey="row",
+    fig, axes = plt.subplots(3, len(colors), figsize=(8.2, 7.2), sharex=True, sharey="row",
                              height_ratios=[4, 3, 3], squeeze=False)  # fmt: skip
     for (snr, flush, floor), (kind, color) in zip(axes.T, colors.items(), strict=True):
         for (_, underflow), t in points[points.kind == kind].groupby(["site", "underflow"], sort=False):
@@ -248,7 +248,7 @@ def _points_by_model(ax: plt.Axes, curves: pd.DataFrame, x: str, y: str) -> None
 
 def draw_ends(curves: pd.DataFrame, loss_db: float) -> plt.Figure:
     """Predicted against exact ends of the harmless band, and its width against the safe window's."""
-    fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.9))
+    fig, axes = plt.subplots(1, 3, figsize=(8.2, 3.9))
     t = curves.assign(width=curves.exact_high - curves.exact_low)
     panels = (("left end: saturation", t, "exact_low", "low"),
               ("right end: underflow", t, "exact_high", "high"),

@@ -75,7 +75,7 @@ def gain_table(gains: pd.DataFrame) -> pd.DataFrame:
 
 def draw_gains(gains: pd.DataFrame, sites: list[str]) -> plt.Figure:
     """Gain over amax at some sites: the pool's as a point, 95 % of single tensors as a bar."""
-    fig, axes = plt.subplots(1, len(sites), figsize=(9.6, 3.8), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(sites), figsize=(8.2, 3.8), sharey=True, squeeze=False)
     for ax, site in zip(axes.flat, sites, strict=True):
         rows = gains[(gains.site == site) & (gains.policy != "p99.99")]
         ax.hlines(rows.policy, rows.low, rows.high, color="0.6", lw=5)

@@ -216,7 +216,7 @@ def answer(runs: Sequence[Run], harm: float = HARM, harmless_db: float = HARMLES
 
 def draw_misses(runs: Sequence[Run], harm: float = HARM, limit: float = HARMLESS_DB) -> plt.Figure:
     """The rise of KL against each score, a row a model; the shaded corner holds the misses."""
-    fig, axes = plt.subplots(len(runs), len(DRAWN), figsize=(8.4, 2.5 * len(runs)), sharex=True,
+    fig, axes = plt.subplots(len(runs), len(DRAWN), figsize=(8.2, 2.5 * len(runs)), sharex=True,
                              sharey=True, squeeze=False)  # fmt: skip
     for row, run in zip(axes, runs, strict=True):
         table = settings(run)
