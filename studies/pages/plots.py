@@ -91,8 +91,8 @@ def use_style() -> None:
     )
 
 
-def show(fig: plt.Figure, *, caption: str, alt: str) -> None:
-    """Display a figure as SVG with a caption below and alternative text, and close it.
+def figure_html(fig: plt.Figure, *, caption: str, alt: str) -> str:
+    """A figure as SVG with a caption below and alternative text, in HTML; closes it.
 
     ``caption``: the finding first, then sample size, what the band means, configuration; simple
     HTML. ``alt``: the trend and its key value, plain text.
@@ -101,11 +101,20 @@ def show(fig: plt.Figure, *, caption: str, alt: str) -> None:
     fig.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(fig)
     data = base64.b64encode(buffer.getvalue()).decode()
-    _display(
-        "HTML",
+    return (
         f'<figure><img alt="{html.escape(alt, quote=True)}" style="max-width:100%" '
-        f'src="data:image/svg+xml;base64,{data}"><figcaption>{caption}</figcaption></figure>',
+        f'src="data:image/svg+xml;base64,{data}"><figcaption>{caption}</figcaption></figure>'
     )
+
+
+def show(fig: plt.Figure, *, caption: str, alt: str) -> None:
+    """Display ``figure_html``."""
+    display_html(figure_html(fig, caption=caption, alt=alt))
+
+
+def display_html(text: str) -> None:
+    """Display HTML as it is."""
+    _display("HTML", text)
 
 
 def answer(text: str, *, title: str = "Answer") -> None:

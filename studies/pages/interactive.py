@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""Elements that move without a kernel: a static figure, the numbers behind it, and a script of the book.
+
+    python -m studies.pages.interactive build/book/_build/html/_static/curves --run NAME
+
+writes what the scripts in ``book/_static`` load when a reader asks for a model and a text: from a folder
+of its own, as Jupyter Book puts every script of ``book/_static`` on every page. Bokeh, Plotly and Vega were
+weighed and left: minified, their scripts are 0.8 to 4.5 MB, more than all of a page may weigh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import gzip
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.markers import MarkerStyle
+
+from nvfp4_utils.policies import POLICIES
+from nvfp4_utils.quantize import UNDERFLOWS
+from studies.runs.scoring import block_shares
+from studies.runs.store import Run
+
+from . import loss_tables, plots, snr_tables
+
+RUNS = ("smollm2", "gemma3", "")  # the models that a reader may pick
+STEPS = np.arange(-6 * 8, 19 * 8 + 1)  # eighths of an octave from the test pool's amax: stored scales
+SHARES = ("saturated", "subnormal", "underflow")
+UNIT_DB = 0.001  # decibels are stored in whole numbers of it
+
+
+def pack(numbers: dict) -> str:
+    """JSON, compressed, as text: what ``moving.unpack`` of ``book/_static/moving.js`` reads."""
+    text = json.dumps(numbers, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+
+
+def in_units(values_db) -> list[int]:
+    """Decibels in whole numbers of ``UNIT_DB``."""
+    return np.rint(np.asarray(values_db) / UNIT_DB).astype(int).tolist()
+
+
+def _short(values, digits: int) -> list[float]:
+    return [float(f"{v:.{digits}g}") for v in np.asarray(values, dtype=np.float64)]
+
+
+def _shares(run: Run, mix: str, site: str, amaxes: np.ndarray) -> dict[str, list[float]]:
+    shares = block_shares(run.marginals(mix, site, "test"), amaxes)
+    return {name: _short(shares[name], 3) for name in SHARES}
+
+
+def curve(run: Run, mix: str, site: str) -> dict:
+    """One site's stored curve on a mix's test pool, at every eighth of an octave from the pool's amax.
+
+    ``amax``: that of the test pool; ``flush``: SNR in ``UNIT_DB`` along ``STEPS``, ``gain``: floor's minus
+    it; and the share of nonzero blocks that are saturated, subnormal, and below E4M3 (``underflow``).
+    """
+    amax = run.marginals(mix, site, "test").amax
+    amaxes = amax * 2.0 ** (STEPS / 8)
+    flush, floor = (
+        np.array(in_units(snr_tables.curve_snr(run, mix, site, u, amaxes))) for u in UNDERFLOWS
+    )
+    snr = {"flush": flush.tolist(), "gain": (floor - flush).tolist()}
+    return {"amax": amax} | snr | _shares(run, mix, site, amaxes)
+
+
+def policies(run: Run, mix: str) -> pd.DataFrame:
+    """Calibrated amax and SNR of every one-scale policy of every calibration on a mix's test pool.
+
+    Columns: site, calibration ("test" for the oracle), policy, underflow, calibrated_amax, snr_db.
+    """
+    keys = ["site", "calibration", "policy", "underflow", "calibrated_amax"]
+    errors = run.errors(mix).astype(dict.fromkeys(keys[:4], str))
+    errors = errors[~errors.policy.isin(snr_tables.NOT_ONE_SCALE)]
+    groups = run.groups(mix).astype({"site": str})
+    errors = errors.merge(groups, on=["site", "group"], validate="m:1")
+    sums = errors.assign(
+        noise=errors.mse * errors["count"], signal=errors.signal_power * errors["count"]
+    )
+    sums = sums.groupby(keys, sort=False)[["noise", "signal"]].sum().reset_index()
+    return sums.assign(snr_db=snr_tables.db(sums.signal / sums.noise))[[*keys, "snr_db"]]
+
+
+def yardstick(run: Run, mix: str) -> pd.DataFrame:
+    """The larger of the losses of SNR and block SNR (dB) where it is stored: ``snr_tables.scored``.
+
+    Columns: site, underflow, calibrated_amax, loss_db; empty where the mix is not detailed. It is known
+    at the scales that the model was evaluated with, not along the curve. Between two of them it may differ from
+    both by more than what a page shows (interpolated, by up to 3.6 dB at the featured sites of the stored
+    runs), so nothing is interpolated.
+    """
+    columns = ["site", "underflow", "calibrated_amax", "loss_db"]
+    if mix not in run.info["detailed_mixes"]:
+        return pd.DataFrame(columns=columns)
+    scored = snr_tables.scored(run.metrics(mix).astype({"site": str, "underflow": str, "policy": str}))
+    scored = scored.rename(columns={"larger loss": "loss_db"})
+    return scored.drop_duplicates(columns[:3]).sort_values("calibrated_amax")[columns]
+
+
+def test_numbers(run: Run, mix: str) -> dict:
+    """All that one test text has to say: every site's curve, policies and yardstick."""
+    landed, known = policies(run, mix), yardstick(run, mix)
+    landed["units"] = in_units(landed.snr_db)
+    sites = {}
+    for site in run.sites:
+        rows, own = landed[landed.site == site], known[known.site == site]
+        amaxes = np.unique(rows.calibrated_amax)
+        sites[site] = curve(run, mix, site) | {
+            "at": {"amax": _short(amaxes, 7)} | _shares(run, mix, site, amaxes),
+            "policies": {
+                calibration: _places(one, amaxes)
+                for calibration, one in rows.groupby("calibration", sort=False)
+            },
+            "yardstick": {
+                u: [_short(t.calibrated_amax, 7), in_units(t.loss_db)]
+                for u, t in own.groupby("underflow", sort=False)
+            },
+        }
+    return {"sites": sites}
+
+
+def _places(rows: pd.DataFrame, amaxes: np.ndarray) -> dict[str, list[list[int]]]:
+    """Policy -> per convention its place in ``amaxes`` and its SNR in ``UNIT_DB``, in the order of ``POLICIES``."""
+    rows = rows.assign(place=np.searchsorted(amaxes, rows.calibrated_amax))
+    at = {(r.policy, r.underflow): [int(r.place), int(r.units)] for r in rows.itertuples()}
+    return {p: [at[p, u] for u in UNDERFLOWS] for p in POLICIES if (p, "flush") in at}
+
+
+def file_name(run: Run, mix: str) -> str:
+    """The script that holds a run's numbers on a mix's test pool."""
+    return f"{run.name}.{mix}.js"
+
+
+def write(folder: Path, runs: Sequence[Run]) -> list[Path]:
+    """Write each run's numbers, a script per test mix that calls ``moving.deliver``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for run in runs:
+        for mix in run.mixes:
+            path = folder / file_name(run, mix)
+            part = path.with_suffix(".partial")
+            part.write_text(f'moving.deliver("{path.name}","{pack(test_numbers(run, mix))}");\n')
+            written.append(part.replace(path))
+    return written
+
+
+def policy_marks() -> dict[str, dict[str, str]]:
+    """Label, colour and marker of each policy, the marker as the path of an SVG 2 units wide."""
+    return {
+        name: {"label": style.label, "color": style.color, "path": _svg_path(style.marker)}
+        for name, style in plots.POLICY_STYLE.items()
+    }
+
+
+def _svg_path(marker: str) -> str:
+    style = MarkerStyle(marker)
+    letters = {1: "M", 2: "L", 3: "Q", 4: "C", 79: "Z"}
+    parts = []
+    for points, code in style.get_path().transformed(style.get_transform()).iter_segments():
+        numbers = [] if letters[code] == "Z" else points.reshape(-1, 2) * [2, -2]
+        parts.append(letters[code] + " ".join(f"{x:.3g},{y:.3g}" for x, y in numbers))
+    return "".join(parts)
+
+
+def scale_settings(runs: Sequence[Run], mix: str, site: str, calibration: str, underflow: str) -> dict:
+    """What the element ``scale`` needs before it loads numbers; the first run is shown first."""
+    return {
+        "models": [
+            {"name": run.name, "label": plots.model_label(run.model_name), "mixes": run.mixes,
+             "sites": run.sites}
+            for run in runs
+        ],
+        "state": {"model": runs[0].name, "test": mix, "site": site, "calibration": calibration,
+                  "underflow": underflow, "at": "amax"},
+        "steps": [int(STEPS[0]), int(STEPS[-1])],
+        "unit": UNIT_DB,
+        "marks": policy_marks(),
+        "regimes": plots.REGIME_COLORS,
+    }  # fmt: skip
+
+
+def element(name: str, settings: dict, figure: str) -> str:
+    """The HTML of an element: the figure that readers see without a script, and the script's settings."""
+    text = json.dumps(settings, separators=(",", ":")).replace("<", "\\u003c")
+    return (
+        f'<div class="moving" data-element="{html.escape(name, quote=True)}">{figure}'
+        f'<script type="application/json">{text}</script></div>'
+    )
+
+
+def show(name: str, settings: dict, fig: plt.Figure, *, caption: str, alt: str) -> None:
+    """Display a figure that ``book/_static/NAME.js`` makes move; arguments as ``plots.show``."""
+    plots.display_html(element(name, settings, plots.figure_html(fig, caption=caption, alt=alt)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--run", default="", help="of `make capture`: that one alone")
+    options = parser.parse_args()
+    write(options.folder, loss_tables.models(options.run, RUNS))
+
+
+if __name__ == "__main__":
+    main()
