@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 
 from nvfp4_utils import ActivationStatistics, input_scale_from_amax
 from nvfp4_utils.quantize import E4M3_NORMAL_RANGE, UNDERFLOWS
@@ -108,6 +109,21 @@ def worked_prose(numbers: dict[str, float], calibrated_amax: float) -> str:
         f"{numbers['step']:.5f}, and the largest value of the block can be {6 * numbers['step']:.4f}. "
         "`fake_quantize` gives the same bits."
     )
+
+
+def block_settings(block: torch.Tensor, calibrated_amax: float) -> dict:
+    """What the element ``block`` of ``interactive`` needs: values, where it begins, ends of its scale.
+
+    Octaves are those of the calibrated amax above the block's own; it begins at the nearest sixteenth.
+    """
+    values = block.to(torch.float32).tolist()
+    octaves = np.log2(calibrated_amax / max(map(abs, values)))
+    return {
+        "block": values,
+        "octaves": round(16 * octaves) / 16,
+        "underflow": "flush",
+        "range": [-3, 21],
+    }
 
 
 def draw_range(s: Sweep, statistics: ActivationStatistics) -> plt.Figure:

@@ -4,9 +4,12 @@
 
     python -m studies.pages.interactive build/book/_build/html/_static/curves --run NAME
 
-writes what the scripts in ``book/_static`` load when a reader asks for a model and a text: from a folder
-of its own, as Jupyter Book puts every script of ``book/_static`` on every page. Bokeh, Plotly and Vega were
-weighed and left: minified, their scripts are 0.8 to 4.5 MB, more than all of a page may weigh.
+writes what the scripts in ``book/_static`` load when a reader asks for a model and a text. They get a
+folder of their own: Jupyter Book puts every script of ``book/_static`` on every page.
+
+Libraries that embed their data were weighed: Vega's scripts are 0.90 MB, Bokeh's with its sliders 1.65 MB,
+Plotly's 4.82 MB (minified; versions 6.x of 2026), before any data. A page may weigh 1.5 MB in all, and the
+theme takes most of it. So the elements are plain scripts, under 50 kB together.
 """
 
 from __future__ import annotations
@@ -14,18 +17,19 @@ from __future__ import annotations
 import argparse
 import base64
 import gzip
-import html
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.markers import MarkerStyle
+from matplotlib.path import Path as Outline
 
 from nvfp4_utils.policies import POLICIES
-from nvfp4_utils.quantize import UNDERFLOWS
+from nvfp4_utils.quantize import AMAX_PER_SCALE, UNDERFLOWS
 from studies.runs.scoring import block_shares
 from studies.runs.store import Run
 
@@ -60,8 +64,8 @@ def _shares(run: Run, mix: str, site: str, amaxes: np.ndarray) -> dict[str, list
 def curve(run: Run, mix: str, site: str) -> dict:
     """One site's stored curve on a mix's test pool, at every eighth of an octave from the pool's amax.
 
-    ``amax``: that of the test pool; ``flush``: SNR in ``UNIT_DB`` along ``STEPS``, ``gain``: floor's minus
-    it; and the share of nonzero blocks that are saturated, subnormal, and below E4M3 (``underflow``).
+    ``amax``: that of the test pool; ``flush``: SNR in ``UNIT_DB`` along ``STEPS``, ``gain``: floor's
+    minus it; and the share of nonzero blocks that are saturated, subnormal, and below E4M3.
     """
     amax = run.marginals(mix, site, "test").amax
     amaxes = amax * 2.0 ** (STEPS / 8)
@@ -93,9 +97,8 @@ def yardstick(run: Run, mix: str) -> pd.DataFrame:
     """The larger of the losses of SNR and block SNR (dB) where it is stored: ``snr_tables.scored``.
 
     Columns: site, underflow, calibrated_amax, loss_db; empty where the mix is not detailed. It is known
-    at the scales that the model was evaluated with, not along the curve. Between two of them it may differ from
-    both by more than what a page shows (interpolated, by up to 3.6 dB at the featured sites of the stored
-    runs), so nothing is interpolated.
+    at the scales that the model was evaluated with, not along the curve. Interpolated, it would be off
+    by up to 3.6 dB at the featured sites of the stored runs, so it is not interpolated.
     """
     columns = ["site", "underflow", "calibrated_amax", "loss_db"]
     if mix not in run.info["detailed_mixes"]:
@@ -107,11 +110,11 @@ def yardstick(run: Run, mix: str) -> pd.DataFrame:
 
 def test_numbers(run: Run, mix: str) -> dict:
     """All that one test text has to say: every site's curve, policies and yardstick."""
-    landed, known = policies(run, mix), yardstick(run, mix)
-    landed["units"] = in_units(landed.snr_db)
+    places, known = policies(run, mix), yardstick(run, mix)
+    places["units"] = in_units(places.snr_db)
     sites = {}
     for site in run.sites:
-        rows, own = landed[landed.site == site], known[known.site == site]
+        rows, own = places[places.site == site], known[known.site == site]
         amaxes = np.unique(rows.calibrated_amax)
         sites[site] = curve(run, mix, site) | {
             "at": {"amax": _short(amaxes, 7)} | _shares(run, mix, site, amaxes),
@@ -128,7 +131,7 @@ def test_numbers(run: Run, mix: str) -> dict:
 
 
 def _places(rows: pd.DataFrame, amaxes: np.ndarray) -> dict[str, list[list[int]]]:
-    """Policy -> per convention its place in ``amaxes`` and its SNR in ``UNIT_DB``, in the order of ``POLICIES``."""
+    """Policy -> per convention its place in ``amaxes`` and its SNR in ``UNIT_DB``."""
     rows = rows.assign(place=np.searchsorted(amaxes, rows.calibrated_amax))
     at = {(r.policy, r.underflow): [int(r.place), int(r.units)] for r in rows.itertuples()}
     return {p: [at[p, u] for u in UNDERFLOWS] for p in POLICIES if (p, "flush") in at}
@@ -162,24 +165,37 @@ def policy_marks() -> dict[str, dict[str, str]]:
 
 def _svg_path(marker: str) -> str:
     style = MarkerStyle(marker)
-    letters = {1: "M", 2: "L", 3: "Q", 4: "C", 79: "Z"}
-    parts = []
+    letters = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outline.CURVE4: "C",
+               Outline.CLOSEPOLY: "Z"}  # fmt: skip
+    text = ""
     for points, code in style.get_path().transformed(style.get_transform()).iter_segments():
-        numbers = [] if letters[code] == "Z" else points.reshape(-1, 2) * [2, -2]
-        parts.append(letters[code] + " ".join(f"{x:.3g},{y:.3g}" for x, y in numbers))
-    return "".join(parts)
+        letter = letters[Outline.code_type(code)]
+        pairs = [] if letter == "Z" else (np.asarray(points).reshape(-1, 2) * [2, -2]).tolist()
+        text += letter + " ".join(f"{x:.3f},{y:.3f}" for x, y in pairs)
+    return text
 
 
-def scale_settings(runs: Sequence[Run], mix: str, site: str, calibration: str, underflow: str) -> dict:
-    """What the element ``scale`` needs before it loads numbers; the first run is shown first."""
+@dataclass(frozen=True)
+class Case:
+    """What is shown of a run: a site, the mixes it is calibrated on and tested on, a convention."""
+
+    run: Run
+    site: str
+    calibration: str
+    test: str
+    underflow: str = "flush"
+
+
+def scale_settings(runs: Sequence[Run], case: Case) -> dict:
+    """What the element ``scale`` needs before it loads numbers; it begins with ``case`` at the amax."""
     return {
         "models": [
             {"name": run.name, "label": plots.model_label(run.model_name), "mixes": run.mixes,
              "sites": run.sites}
             for run in runs
         ],
-        "state": {"model": runs[0].name, "test": mix, "site": site, "calibration": calibration,
-                  "underflow": underflow, "at": "amax"},
+        "state": {"model": case.run.name, "site": case.site, "calibration": case.calibration,
+                  "test": case.test, "underflow": case.underflow, "at": "amax"},
         "steps": [int(STEPS[0]), int(STEPS[-1])],
         "unit": UNIT_DB,
         "marks": policy_marks(),
@@ -187,11 +203,69 @@ def scale_settings(runs: Sequence[Run], mix: str, site: str, calibration: str, u
     }  # fmt: skip
 
 
-def element(name: str, settings: dict, figure: str) -> str:
-    """The HTML of an element: the figure that readers see without a script, and the script's settings."""
+def landed(case: Case) -> pd.DataFrame:
+    """Where the policies of a case land, and the oracle: ``policies`` by policy, with loss_db."""
+    table = policies(case.run, case.test)
+    table = table[(table.site == case.site) & (table.underflow == case.underflow)]
+    table = table[table.calibration.isin([case.calibration, "test"])].set_index("policy")
+    table = table.loc[[p for p in POLICIES if p in table.index]]
+    return table.assign(loss_db=table.snr_db["oracle"] - table.snr_db)
+
+
+def scale_figure(case: Case) -> plt.Figure:
+    """SNR of a case's site over all stored scales, with the place of every policy."""
+    stored = case.run.curve(case.test, case.site)
+    x = stored.calibrated_amax.to_numpy()
+    snr = snr_tables.curve_snr(case.run, case.test, case.site, case.underflow, x)
+    fig, ax = plt.subplots(figsize=(7.2, 3.6))
+    ax.plot(x / AMAX_PER_SCALE, snr, color="#666666", lw=1)
+    for policy, row in landed(case).iterrows():
+        style = plots.POLICY_STYLE[str(policy)]
+        ax.plot(row.calibrated_amax / AMAX_PER_SCALE, row.snr_db, style.marker, color=style.color, ms=7,
+                mec="k", mew=0.4, ls="", label=f"{style.label} {row.snr_db:.2f}")  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel="input_scale (log2 axis)", ylabel=f"test SNR (dB), {case.underflow}")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="policy, SNR (dB)")
+    return fig
+
+
+def sizes_settings(run: Run, mix: str, underflow: str, site: str) -> dict:
+    """What the element ``sizes`` needs: each site's sequence amaxes, how often each occurs, its SNR."""
+    sites = {}
+    for name in run.sites:
+        values, counts = np.unique(snr_tables.sequence_amaxes(run, mix, name), return_counts=True)
+        snr = snr_tables.curve_snr(run, mix, name, underflow, values)
+        sites[name] = {"amax": values.tolist(), "count": counts.tolist(), "snr": in_units(snr)}
+    return {"data": pack(sites), "unit": UNIT_DB, "sites": run.sites, "site": site,
+            "color": plots.POLICY_STYLE["amax"].color}  # fmt: skip
+
+
+def cross_settings(run: Run, cross: pd.DataFrame, policy: str, underflow: str) -> dict:
+    """What the element ``cross`` needs: loss and interval of every site in every cell, and its colours.
+
+    ``cross``: ``snr_tables.cross_matrix``. Cells are ordered by calibration, then test, as ``run.mixes``.
+    """
+    cross = cross.set_index(["calibration", "test", "site"])
+    means = cross.loss_db.groupby(["calibration", "test"]).mean()
+    limit = max(0.02, float(means.abs().max()))
+    cells, colors = [], []
+    for calibration in run.mixes:
+        for test in run.mixes:
+            rows = cross.loc[(calibration, test)].loc[run.sites]
+            cells.append([in_units(rows[name]) for name in ("loss_db", "low", "high")])
+            red, green, blue, _ = plt.get_cmap("RdBu_r")(0.5 + means[calibration, test] / limit / 2)
+            dark = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18
+            paper = "#" + "".join(f"{round(255 * c):02x}" for c in (red, green, blue))
+            colors.append([paper, "#ffffff" if dark else "#000000"])
+    return {"data": pack({"cells": cells}), "unit": UNIT_DB, "mixes": run.mixes, "sites": run.sites,
+            "colors": colors, "run": run.name, "policy": policy, "underflow": underflow}  # fmt: skip
+
+
+def element(name: str, settings: dict, static: str) -> str:
+    """The HTML of an element: what stands without a script, and the script's settings."""
     text = json.dumps(settings, separators=(",", ":")).replace("<", "\\u003c")
     return (
-        f'<div class="moving" data-element="{html.escape(name, quote=True)}">{figure}'
+        f'<div class="moving" data-element="{name}"><div class="moving-static">{static}</div>'
         f'<script type="application/json">{text}</script></div>'
     )
 
@@ -199,6 +273,11 @@ def element(name: str, settings: dict, figure: str) -> str:
 def show(name: str, settings: dict, fig: plt.Figure, *, caption: str, alt: str) -> None:
     """Display a figure that ``book/_static/NAME.js`` makes move; arguments as ``plots.show``."""
     plots.display_html(element(name, settings, plots.figure_html(fig, caption=caption, alt=alt)))
+
+
+def show_table(name: str, settings: dict, frame: pd.DataFrame, *, caption: str, **layout) -> None:
+    """The same of a table; arguments as ``plots.table``."""
+    plots.display_html(element(name, settings, plots.table_html(frame, caption=caption, **layout)))
 
 
 def main() -> None:

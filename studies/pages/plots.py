@@ -129,17 +129,22 @@ def prose(text: str) -> None:
     _display("Markdown", text)
 
 
-def table(
+def table_html(
     frame: pd.DataFrame, *, caption: str, digits: int = 2, significant: bool = False, wrap: bool = False
-) -> None:
-    """Display a table with a caption; floats to ``digits`` decimals, or significant digits.
+) -> str:
+    """A table with a caption, in HTML; floats to ``digits`` decimals, or significant digits.
 
     ``wrap``: cells hold sentences, which may take several lines.
     """
     style = f".{digits}{'g' if significant else 'f'}"
     classes = "table wrap" if wrap else "table"
     body = frame.to_html(float_format=lambda v: f"{v:{style}}", border=0, classes=classes, na_rep="–")
-    _display("HTML", f'<div style="overflow-x:auto">{body}</div><p><em>{caption}</em></p>')
+    return f'<div style="overflow-x:auto">{body}</div><p><em>{caption}</em></p>'
+
+
+def table(frame: pd.DataFrame, *, caption: str, **layout) -> None:
+    """Display ``table_html``."""
+    display_html(table_html(frame, caption=caption, **layout))
 
 
 def provenance(info: dict) -> None:
