@@ -56,8 +56,9 @@ window.moving ??= { elements: {} };
 
   window.moving.elements.block = async (root, settings, show) => {
     const { make, draw, select, readState, writeState, speaker, short, onWidth } = window.moving;
-    const state = readState("block", { octaves: settings.octaves, underflow: settings.underflow });
-    const x = settings.block, amax = Math.max(...x.map(Math.abs));
+    const state = readState("block", { octaves: "0", underflow: settings.underflow });
+    const x = settings.block;
+    const amaxOf = (octaves) => settings.amax * 2 ** octaves;
     const controls = make("div", { class: "moving-controls" });
     const plot = make("div", { class: "moving-plot" });
     const [first, last] = settings.range;
@@ -66,23 +67,23 @@ window.moving ??= { elements: {} };
     const table = make("div", { class: "moving-scroll" });
     const said = speaker();
     let width = 0, now;
-    root.append(controls, make("label", { class: "moving-slider" }, make("span", {}, "log2 of calibrated amax / block amax"), slider),
+    root.append(controls, make("label", { class: "moving-slider" }, make("span", {}, `octaves from a calibrated amax of ${settings.amax}`), slider),
       words, plot, said, table);
 
     const code = (fields) => make("code", { class: "moving-bits" }, fields.join(" "));
 
     function update() {
       const octaves = Number(state.octaves);
-      const g = f32((amax * 2 ** octaves) / AMAX_PER_SCALE);
+      const g = f32(amaxOf(octaves) / AMAX_PER_SCALE);
       now = quantizeBlock(x, g, state.underflow);
       slider.value = octaves * PER_OCTAVE;
-      const regime = octaves < 0 ? "saturated" : now.s >= MIN_NORMAL ? "normal"
+      const regime = now.s > E4M3_MAX ? "saturated" : now.s >= MIN_NORMAL ? "normal"
         : now.s > MIN_SUBNORMAL / 2 ? "subnormal" : state.underflow === "flush" ? "flushed to zero" : "held at 2^-9";
       const zeros = now.y.filter((v, i) => v === 0 && x[i] !== 0).length;
-      words.replaceChildren(`Calibrated amax ${short(amax * 2 ** octaves, 4)}, input_scale ${short(g, 4)}. Block scale ` +
+      words.replaceChildren(`Calibrated amax ${short(amaxOf(octaves), 4)}, input_scale ${short(g, 4)}. Block scale ` +
         `${short(now.s, 4)} → ${short(now.s8, 4)}, E4M3 `, code(e4m3Bits(now.s8)), `: ${regime}. One unit of E2M1 is worth ${short(now.step, 4)}.`);
       const error = Math.sqrt(now.y.reduce((sum, v, i) => sum + (v - x[i]) ** 2, 0) / x.length);
-      const text = `calibrated amax ${octaves} octaves from the block's: its scale is ${regime}, ${zeros} of 16 values become zero, ` +
+      const text = `calibrated amax ${short(amaxOf(octaves), 4)}: the block's scale is ${regime}, ${zeros} of 16 values become zero, ` +
         `root mean square error ${short(error)}`;
       slider.setAttribute("aria-valuetext", text);
       said.say(text[0].toUpperCase() + text.slice(1) + ".");
@@ -91,7 +92,7 @@ window.moving ??= { elements: {} };
         make("td", {}, now.step === 0 ? "–" : (Math.sign(v) * f32(Math.abs(v) / now.step)).toPrecision(3)),
         make("td", {}, code(e2m1Bits(now.q[i], v < 0))), make("td", {}, String(Math.sign(v) * now.q[i] || 0)),
         make("td", {}, short(now.y[i], 4)), make("td", {}, short(now.y[i] - v, 2))));
-      const heads = ["", "x", "u = x / (s8 g)", "bits s ee m", "q", "y = q s8 g", "y − x"];
+      const heads = ["", "x", "u", "bits s ee m", "q", "y", "y − x"];
       table.replaceChildren(make("table", { "aria-label": "The 16 values" },
         make("thead", {}, make("tr", {}, ...heads.map((h) => make("th", { scope: "col" }, h)))), make("tbody", {}, ...rows)));
       if (width) drawPlot();
@@ -100,7 +101,7 @@ window.moving ??= { elements: {} };
     /* Each value as a bar, and where it lands as a line across. */
     function drawPlot() {
       const height = 170, middle = height / 2, wide = (width - 20) / 16;
-      const top = Math.max(amax, ...now.y.map(Math.abs)) * 1.1;
+      const top = Math.max(now.amax, ...now.y.map(Math.abs)) * 1.1;
       const y = (v) => middle - (v / top) * (middle - 6);
       const picture = draw("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
         "aria-label": "The block's 16 values as bars, and a line across each where it lands." });
@@ -123,9 +124,9 @@ window.moving ??= { elements: {} };
 
     function repair() {
       const octaves = Math.round(Number(state.octaves) * PER_OCTAVE) / PER_OCTAVE;
-      state.octaves = String(Number.isFinite(octaves) ? Math.min(Math.max(octaves, first), last) : settings.octaves);
+      state.octaves = String(Number.isFinite(octaves) ? Math.min(Math.max(octaves, first), last) : 0);
       if (!CONVENTIONS.some(([name]) => name === state.underflow)) state.underflow = settings.underflow;
-      controls.replaceChildren(select("too small scales", CONVENTIONS, state.underflow, (underflow) => go({ underflow })));
+      controls.replaceChildren(select("block scales below E4M3", CONVENTIONS, state.underflow, (underflow) => go({ underflow })));
     }
 
     slider.addEventListener("input", () => go({ octaves: String(slider.value / PER_OCTAVE) }));

@@ -94,11 +94,17 @@ window.moving ??= { elements: {} };
         return;
       }
       const found = calculate(numbers);
-      const heads = ["", "calibrated amax", "input_scale", "1 / input_scale", "room above the largest block", "room below, to p1 subnormal"];
+      const rows = {
+        "calibrated amax": (r) => short(r.calibrated, 5),
+        "input_scale": (r) => short(r.scale, 6),
+        "1 / input_scale": (r) => short(r.reciprocal, 6),
+        "octaves above the largest block": (r) => r.above.toFixed(1),
+        "octaves until p1 is subnormal": (r) => r.below.toFixed(1),
+      };
       table.replaceChildren(make("table", { "aria-label": "Scales and their room" },
-        make("thead", {}, make("tr", {}, ...heads.map((h) => make("th", { scope: "col" }, h)))),
-        make("tbody", {}, ...found.rows.map((r) => make("tr", {}, make("th", { scope: "row" }, r.name), make("td", {}, short(r.calibrated, 5)),
-          make("td", {}, short(r.scale, 6)), make("td", {}, short(r.reciprocal, 6)), make("td", {}, r.above.toFixed(1)), make("td", {}, r.below.toFixed(1)))))));
+        make("thead", {}, make("tr", {}, make("td"), ...found.rows.map((r) => make("th", { scope: "col" }, r.name)))),
+        make("tbody", {}, ...Object.entries(rows).map(([label, cell]) =>
+          make("tr", {}, make("th", { scope: "row" }, label), ...found.rows.map((r) => make("td", {}, cell(r))))))));
       verdict.say(found.verdict);
     }
 

@@ -2,8 +2,8 @@
    Copyright The NVFP4 Calibration Book authors
 
    What the book's moving elements share. An element is a <div class="moving" data-element="NAME"> that holds
-   a static figure and its settings as JSON; window.moving.elements.NAME(root, settings, state) builds the live
-   one above it. The figure stays for print, and where a script or the numbers are missing. */
+   a static figure and its settings as JSON; window.moving.elements.NAME(live, settings, show) fills the live one
+   and calls show() when it has its numbers. The figure stays for print, and where a script or the numbers are missing. */
 window.moving ??= { elements: {} };
 (() => {
   "use strict";
@@ -89,6 +89,7 @@ window.moving ??= { elements: {} };
     return String(Number(value.toPrecision(digits)));
   }
 
+  const signed = (value) => (value < 0 ? "-" : "+") + short(Math.abs(value), 2);
   const percent = (share) => `${short(100 * share)} %`;
   const decibels = (value) => `${value.toFixed(2).replace(/^-0\.00$/, "0.00")} dB`;
 
@@ -106,7 +107,7 @@ window.moving ??= { elements: {} };
     const settings = JSON.parse(root.querySelector(":scope > script[type='application/json']").textContent);
     const live = make("div", { class: `moving-live moving-${name}` });
     const show = () => {
-      if (!live.isConnected) root.prepend(live);
+      if (!live.isConnected) root.classList.contains("moving-keep") ? root.append(live) : root.prepend(live);
       root.classList.add("moving-on");
     };
     const fail = (error) => {
@@ -131,6 +132,6 @@ window.moving ??= { elements: {} };
     }
   });
 
-  Object.assign(window.moving, { make, draw, select, unpack, load, readState, writeState, speaker, short, percent,
+  Object.assign(window.moving, { make, draw, select, unpack, load, readState, writeState, speaker, short, signed, percent,
     decibels, onWidth, deliver: (name, text) => arrivals[name](text) });
 })();

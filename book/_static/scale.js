@@ -35,20 +35,18 @@ window.moving ??= { elements: {} };
 
   /* The larger of the losses of SNR and block SNR: at this scale where it is stored, else at its stored neighbours. */
   function yardstick(numbers, amax) {
-    const { short, decibels } = window.moving;
+    const { signed, decibels } = window.moving;
     if (!numbers.yardstick.length) return "not stored for this text";
     const off = (k) => Math.log2(k.amax / amax);
     const here = numbers.yardstick.find((k) => Math.abs(off(k)) < 1e-6);
     if (here) return decibels(here.loss);
     const below = numbers.yardstick.findLast((k) => off(k) < 0), above = numbers.yardstick.find((k) => off(k) > 0);
     const near = [below, above].filter(Boolean);
-    return near.map((k) => `${decibels(k.loss)} at ${signed(off(k), short)}`).join(", ") + " octaves";
+    return near.map((k) => `${decibels(k.loss)} at ${signed(off(k))}`).join(", ") + " octaves";
   }
 
-  const signed = (value, format) => (value < 0 ? "−" : "+") + format(Math.abs(value), 2);
-
   window.moving.elements.scale = async (root, settings, show) => {
-    const { make, draw, select, load, readState, writeState, speaker, short, percent, decibels, onWidth } = window.moving;
+    const { make, draw, select, load, readState, writeState, speaker, short, signed, percent, decibels, onWidth } = window.moving;
     const state = readState("scale", settings.state);
     const controls = make("div", { class: "moving-controls" });
     const plot = make("div", { class: "moving-plot" });
@@ -107,7 +105,7 @@ window.moving ??= { elements: {} };
         select("site", sites, state.site, pick("site")),
         select("calibrated on", mixes, state.calibration, pick("calibration")),
         select("tested on", mixes, state.test, pick("test")),
-        select("too small scales", CONVENTIONS, state.underflow, pick("underflow")));
+        select("block scales below E4M3", CONVENTIONS, state.underflow, pick("underflow")));
       if (focus >= 0) controls.querySelectorAll("select")[focus].focus();
     }
 
@@ -124,7 +122,8 @@ window.moving ??= { elements: {} };
       const rows = {
         "input_scale": short(at.scale, 4),
         "log2 of it": Math.log2(at.scale).toFixed(3),
-        "calibrated amax": `${short(at.amax, 4)}, ${signed(octaves, short)} octaves from the test text's`,
+        "calibrated amax": short(at.amax, 4),
+        "over the test text's amax": `${signed(octaves)} octaves`,
         "SNR": decibels(at.snr),
         "loss from the best": decibels(numbers.best - at.snr),
         "yardstick": yardstick(numbers, at.amax),
@@ -151,11 +150,11 @@ window.moving ??= { elements: {} };
           draw("svg", { viewBox: "-8 -8 16 16", width: 16, height: 16, "aria-hidden": "true" },
             draw("path", { d: mark.path, transform: "scale(5)", fill: mark.color })), mark.label);
         const known = numbers.yardstick.find((k) => Math.abs(Math.log2(k.amax / p.amax)) < 1e-6);
-        return make("tr", {}, make("th", { scope: "row" }, button), make("td", {}, short(p.scale, 4)),
-          make("td", {}, signed(Math.log2(p.amax / numbers.amax), short)), make("td", {}, p.snr.toFixed(2)),
-          make("td", {}, decibels(numbers.best - p.snr).slice(0, -3)), make("td", {}, known ? known.loss.toFixed(2) : "–"));
+        return make("tr", {}, make("th", { scope: "row" }, button), ...[p.snr.toFixed(2),
+          decibels(numbers.best - p.snr).slice(0, -3), known ? known.loss.toFixed(2) : "–", short(p.scale, 4),
+          signed(Math.log2(p.amax / numbers.amax))].map((cell) => make("td", {}, cell)));
       });
-      const heads = ["policy", "input_scale", "octaves", "SNR (dB)", "loss (dB)", "yardstick (dB)"];
+      const heads = ["policy", "SNR (dB)", "loss (dB)", "yardstick (dB)", "input_scale", "octaves"];
       table.replaceChildren(make("table", { "aria-label": "Where every policy lands" },
         make("thead", {}, make("tr", {}, ...heads.map((h) => make("th", { scope: "col" }, h)))), make("tbody", {}, ...rows)));
       if (focus) table.querySelector(`[data-policy="${focus}"]`)?.focus();
@@ -197,7 +196,11 @@ window.moving ??= { elements: {} };
         const ratio = (event.clientX - plot.getBoundingClientRect().left - LEFT) / (width - LEFT - RIGHT);
         go(Math.round(Math.min(Math.max(first + ratio * (last - first), first), last) * PER_OCTAVE) / PER_OCTAVE);
       };
-      plot.onpointerdown = (event) => { if (!event.target.closest(".mark")) drag(event); };
+      plot.onpointerdown = (event) => {
+        if (event.target.closest(".mark")) return;
+        plot.setPointerCapture(event.pointerId);
+        drag(event);
+      };
       plot.onpointermove = drag;
       plot.replaceChildren(picture);
     }

@@ -50,7 +50,7 @@ window.moving ??= { elements: {} };
     const readout = make("dl", { class: "moving-readout" });
     const said = speaker();
     let curve, sizes, width = 0;
-    root.append(controls, plot, make("label", { class: "moving-slider" }, make("span", {}, "calibration sequences"), slider), readout, said);
+    root.append(make("p", { class: "moving-caption" }, "One site, over all subsets of so many sequences, exactly: pick a size."), controls, plot, make("label", { class: "moving-slider" }, make("span", {}, "calibration sequences"), slider), readout, said);
 
     function repair() {
       if (!sites[state.site]) state.site = settings.site;
@@ -86,7 +86,7 @@ window.moving ??= { elements: {} };
       };
       readout.replaceChildren(...Object.entries(rows).map(([k, v]) =>
         make("div", { "data-name": k }, make("dt", {}, k), make("dd", {}, v))));
-      const words = `${here.n} sequences: amax ${rows["amax, median"]} in the median, SNR ${rows["SNR, mean"]} on average, ` +
+      const words = `${here.n} ${here.n === 1 ? "sequence" : "sequences"}: amax ${rows["amax, median"]} in the median, SNR ${rows["SNR, mean"]} on average, ` +
         `${rows["lost against all"]} less than all ${whole.n}`;
       slider.setAttribute("aria-valuetext", words);
       said.say(`${words}.`);
@@ -119,6 +119,7 @@ window.moving ??= { elements: {} };
       picture.append(line(x(here.n), top, x(here.n), end, "cursor"), draw("circle", { cx: x(here.n), cy: y(here.snr), r: 4, class: "cursor" }));
       plot.onpointerdown = plot.onpointermove = (event) => {
         if (event.type === "pointermove" && !event.buttons) return;
+        plot.setPointerCapture(event.pointerId);
         const exponent = ((event.clientX - plot.getBoundingClientRect().left - left) / (width - left - right)) * Math.log2(sizes.at(-1));
         const nearest = sizes.reduce((a, b) => (Math.abs(Math.log2(b) - exponent) < Math.abs(Math.log2(a) - exponent) ? b : a));
         go({ n: String(nearest) });

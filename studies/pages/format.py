@@ -112,18 +112,9 @@ def worked_prose(numbers: dict[str, float], calibrated_amax: float) -> str:
 
 
 def block_settings(block: torch.Tensor, calibrated_amax: float) -> dict:
-    """What the element ``block`` of ``interactive`` needs: values, where it begins, ends of its scale.
-
-    Octaves are those of the calibrated amax above the block's own; it begins at the nearest sixteenth.
-    """
+    """What the element ``block`` of ``interactive`` needs: where it begins, its ends in octaves."""
     values = block.to(torch.float32).tolist()
-    octaves = np.log2(calibrated_amax / max(map(abs, values)))
-    return {
-        "block": values,
-        "octaves": round(16 * octaves) / 16,
-        "underflow": "flush",
-        "range": [-3, 21],
-    }
+    return {"block": values, "amax": calibrated_amax, "underflow": "flush", "range": [-4, 20]}
 
 
 def draw_range(s: Sweep, statistics: ActivationStatistics) -> plt.Figure:

@@ -126,25 +126,8 @@ def telling_case(runs: Sequence[Run]) -> interactive.Case:
     return interactive.Case(run, str(top.site), str(top.calibration), str(top.test))
 
 
-def case_words(case: interactive.Case) -> tuple[str, str]:
-    """Caption, simple HTML, and alternative text of ``interactive.scale_figure``."""
-    found = interactive.landed(case)
-    lost = {p: found.loss_db[p] for p in MARKED if p in found.index}
-    told = f"{case.site} of {loss_tables.short(case.run)}, calibrated on {case.calibration}"
-    parts = loss_tables.listed([f"{plots.POLICY_STYLE[p].label} {db:.2f} dB" for p, db in lost.items()])
-    caption = (
-        f"<strong>Below the best scale on {case.test}: {parts}.</strong> {told}; {case.underflow}; "
-        f"{case.run.test_sequences(case.test)} test sequences. Marks: where the policies land."
-    )
-    alt = (
-        f"SNR against input_scale of {told}, tested on {case.test}: a plateau between two cliffs, best "
-        f"{found.snr_db['oracle']:.2f} dB; below it {parts}."
-    )
-    return caption, alt
-
-
 def block_numbers(case: interactive.Case) -> dict[str, float]:
-    """What ``calculator`` takes, of a case's calibration text: p1, p99.99 and amax of nonzero block amaxes."""
+    """What ``calculator`` takes: p1, p99.99 and amax of a case's nonzero block amaxes in calibration."""
     marginals = case.run.marginals(case.calibration, case.site)
     upper = marginals.block_amax_percentile(99.99, above=0.0)
     anchor = marginals.block_amax_percentile(1.0, above=upper / policies.ANCHOR_FLOOR)
@@ -155,7 +138,7 @@ def calculator(p1: float, p9999: float, amax: float) -> pd.DataFrame:
     """Scales from three numbers of the nonzero block amaxes, and the octaves of room around each.
 
     ``room = log2(28672 p1 / amax)``: how far the amax may be raised before over 1 % of the blocks are
-    subnormal. Rows: the amax; the amax raised by half of that, if there is any; headroom.
+    subnormal. Columns: the amax; the amax raised by half of that, if there is any; headroom.
     """
     room = np.log2(E4M3_NORMAL_RANGE * p1 / amax)
     rows = {
@@ -167,9 +150,9 @@ def calculator(p1: float, p9999: float, amax: float) -> pd.DataFrame:
     scale = [input_scale_from_amax(float(a)) for a in table["calibrated amax"]]
     return table.assign(**{
         "input_scale": scale, "1 / input_scale": 1 / np.array(scale),
-        "room above the largest block": np.log2(table["calibrated amax"] / amax),
-        "room below, to p1 subnormal": np.log2(E4M3_NORMAL_RANGE * p1 / table["calibrated amax"]),
-    })  # fmt: skip
+        "octaves above the largest block": np.log2(table["calibrated amax"] / amax),
+        "octaves until p1 is subnormal": np.log2(E4M3_NORMAL_RANGE * p1 / table["calibrated amax"]),
+    }).T  # fmt: skip
 
 
 def readme_block(runs: Sequence[Run]) -> str:

@@ -7,9 +7,9 @@
 writes what the scripts in ``book/_static`` load when a reader asks for a model and a text. They get a
 folder of their own: Jupyter Book puts every script of ``book/_static`` on every page.
 
-Libraries that embed their data were weighed: Vega's scripts are 0.90 MB, Bokeh's with its sliders 1.65 MB,
-Plotly's 4.82 MB (minified; versions 6.x of 2026), before any data. A page may weigh 1.5 MB in all, and the
-theme takes most of it. So the elements are plain scripts, under 50 kB together.
+Libraries that embed their data were weighed: Vega's scripts are 0.90 MB, Bokeh's with its sliders
+1.65 MB, Plotly's 4.82 MB, before any data (minified, releases of July 2026). A page may weigh 1.5 MB in
+all, and the theme takes most of it. So the elements are plain scripts, under 50 kB together.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from . import loss_tables, plots, snr_tables
 RUNS = ("smollm2", "gemma3", "")  # the models that a reader may pick
 STEPS = np.arange(-6 * 8, 19 * 8 + 1)  # eighths of an octave from the test pool's amax: stored scales
 SHARES = ("saturated", "subnormal", "underflow")
+TOLD = ("amax", "raised", "headroom")  # the policies that a caption speaks of
 UNIT_DB = 0.001  # decibels are stored in whole numbers of it
 
 
@@ -229,6 +230,23 @@ def scale_figure(case: Case) -> plt.Figure:
     return fig
 
 
+def scale_words(case: Case) -> tuple[str, str]:
+    """Caption, simple HTML, and alternative text of ``scale_figure``."""
+    found = landed(case)
+    lost = [f"{plots.POLICY_STYLE[p].label} {found.loss_db[p]:.2f} dB" for p in TOLD if p in found.index]
+    what = f"{case.site} of {loss_tables.short(case.run)}, calibrated on {case.calibration}"
+    losses = loss_tables.listed(lost)
+    caption = (
+        f"<strong>Below the best scale on {case.test}: {losses}.</strong> {what}; {case.underflow}; "
+        f"{case.run.test_sequences(case.test)} test sequences. Marks: where the policies land."
+    )
+    alt = (
+        f"SNR against input_scale of {what}, tested on {case.test}: a plateau between two cliffs, best "
+        f"{found.snr_db['oracle']:.2f} dB; below it {losses}."
+    )
+    return caption, alt
+
+
 def sizes_settings(run: Run, mix: str, underflow: str, site: str) -> dict:
     """What the element ``sizes`` needs: each site's sequence amaxes, how often each occurs, its SNR."""
     sites = {}
@@ -243,17 +261,17 @@ def sizes_settings(run: Run, mix: str, underflow: str, site: str) -> dict:
 def cross_settings(run: Run, cross: pd.DataFrame, policy: str, underflow: str) -> dict:
     """What the element ``cross`` needs: loss and interval of every site in every cell, and its colours.
 
-    ``cross``: ``snr_tables.cross_matrix``. Cells are ordered by calibration, then test, as ``run.mixes``.
+    ``cross``: ``snr_tables.cross_matrix``. Cells go by calibration, then test, as ``run.mixes``.
     """
-    cross = cross.set_index(["calibration", "test", "site"])
-    means = cross.loss_db.groupby(["calibration", "test"]).mean()
-    limit = max(0.02, float(means.abs().max()))
+    pairs = dict(list(cross.groupby(["calibration", "test"])))
+    limit = max(0.02, *(abs(rows.loss_db.mean()) for rows in pairs.values()))
     cells, colors = [], []
     for calibration in run.mixes:
         for test in run.mixes:
-            rows = cross.loc[(calibration, test)].loc[run.sites]
+            rows = pairs[calibration, test].set_index("site").loc[run.sites]
             cells.append([in_units(rows[name]) for name in ("loss_db", "low", "high")])
-            red, green, blue, _ = plt.get_cmap("RdBu_r")(0.5 + means[calibration, test] / limit / 2)
+            place = 0.5 + rows.loss_db.mean() / limit / 2
+            red, green, blue, _ = plt.get_cmap("RdBu_r")(place)
             dark = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18
             paper = "#" + "".join(f"{round(255 * c):02x}" for c in (red, green, blue))
             colors.append([paper, "#ffffff" if dark else "#000000"])
@@ -261,18 +279,26 @@ def cross_settings(run: Run, cross: pd.DataFrame, policy: str, underflow: str) -
             "colors": colors, "run": run.name, "policy": policy, "underflow": underflow}  # fmt: skip
 
 
-def element(name: str, settings: dict, static: str) -> str:
-    """The HTML of an element: what stands without a script, and the script's settings."""
+def element(name: str, settings: dict, static: str, keep: bool = False) -> str:
+    """The HTML of an element: what stands without a script, and the script's settings.
+
+    The script takes the place of the static figure or table, but for its caption; with ``keep`` it
+    comes below, where the figure shows what the element does not.
+    """
     text = json.dumps(settings, separators=(",", ":")).replace("<", "\\u003c")
     return (
-        f'<div class="moving" data-element="{name}"><div class="moving-static">{static}</div>'
+        f'<div class="moving{" moving-keep" if keep else ""}" data-element="{name}">'
+        f'<div class="moving-static">{static}</div>'
         f'<script type="application/json">{text}</script></div>'
     )
 
 
-def show(name: str, settings: dict, fig: plt.Figure, *, caption: str, alt: str) -> None:
+def show(
+    name: str, settings: dict, fig: plt.Figure, *, caption: str, alt: str, keep: bool = False
+) -> None:
     """Display a figure that ``book/_static/NAME.js`` makes move; arguments as ``plots.show``."""
-    plots.display_html(element(name, settings, plots.figure_html(fig, caption=caption, alt=alt)))
+    static = plots.figure_html(fig, caption=caption, alt=alt)
+    plots.display_html(element(name, settings, static, keep))
 
 
 def show_table(name: str, settings: dict, frame: pd.DataFrame, *, caption: str, **layout) -> None:
