@@ -76,6 +76,7 @@ window.moving ??= { elements: {} };
     let timer;
     node.say = (text) => {
       clearTimeout(timer);
+      if (!node.isConnected) { node.textContent = text; return; } /* on a page that loads, it waits to be read */
       timer = setTimeout(() => { if (node.textContent !== text) node.textContent = text; }, 250);
     };
     return node;

@@ -10,7 +10,7 @@ window.moving ??= { elements: {} };
   const AMAX_PER_SCALE = 2688;
   const CONVENTIONS = [["flush", "flush (kernels)"], ["floor", "floor (reference)"]];
   const HEIGHT = { plot: 240, shares: 70, axis: 40, top: 22 };
-  const LEFT = 46, RIGHT = 12;
+  const LEFT = 46, RIGHT = 16;
 
   /* The numbers of one site, as plain values: curve and policies at a convention, in decibels. */
   function site(data, settings, state) {

@@ -78,7 +78,7 @@ window.moving ??= { elements: {} };
       const rows = {
         "sequences": `${here.n} of ${whole.n}`,
         "amax, median": short(here.amax, 4),
-        "5 to 95 % of subsets": `${short(here.low, 4)} to ${short(here.high, 4)}`,
+        "amax, 5 to 95 %": `${short(here.low, 4)} to ${short(here.high, 4)}`,
         "SNR, mean": decibels(here.snr),
         "SNR, 5 to 95 %": `${here.worse.toFixed(2)} to ${decibels(here.better)}`,
         "lost against all": decibels(whole.snr - here.snr),
@@ -94,7 +94,7 @@ window.moving ??= { elements: {} };
     }
 
     function drawPlot() {
-      const left = 46, right = 12, top = 22, high = 200, end = top + high;
+      const left = 46, right = 16, top = 22, high = 200, end = top + high;
       const picture = draw("svg", { viewBox: `0 0 ${width} ${end + 40}`, width, height: end + 40, role: "img",
         "aria-label": `SNR of ${state.site} against the number of calibration sequences, with a band; the slider below moves along it.` });
       const x = (n) => left + (Math.log2(n) / Math.log2(sizes.at(-1))) * (width - left - right);

@@ -330,7 +330,7 @@ def test_a_subset_s_amax_has_the_exact_law(open_page, run, site) -> None:
             arg=str(row.n),
         )
         assert float(shown(page, "amax, median")) == pytest.approx(row.amax, rel=6e-4)
-        low, high = shown(page, "5 to 95 % of subsets").split(" to ")
+        low, high = shown(page, "amax, 5 to 95 %").split(" to ")
         assert [float(low), float(high)] == pytest.approx([row.amax_low, row.amax_high], rel=6e-4)
         assert number(shown(page, "SNR, mean")) == pytest.approx(row.snr_db, abs=SHOWN)
         low, high = shown(page, "SNR, 5 to 95 %").removesuffix(" dB").split(" to ")
