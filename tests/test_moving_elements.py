@@ -82,6 +82,8 @@ def test_the_first_page_s_case_is_the_worst_pair(run: Run) -> None:
     assert case.site == pair.loc[pair.loss_db.idxmax()].site and case.calibration != case.test
     one = SimpleNamespace(mixes=["a"], featured=["s"], featured_mix="a")
     assert index.telling_case([one]) == interactive.Case(one, "s", "a", "a")
+    assert "pairs of texts" in index.case_prose(case)
+    assert "pairs" not in index.case_prose(index.telling_case([one]))
 
 
 def test_settings_cannot_end_the_script_that_holds_them() -> None:

@@ -126,6 +126,17 @@ def telling_case(runs: Sequence[Run]) -> interactive.Case:
     return interactive.Case(run, str(top.site), str(top.calibration), str(top.test))
 
 
+def case_prose(case: interactive.Case) -> str:
+    """Why ``telling_case`` is shown, one sentence, Markdown."""
+    if case.calibration == case.test:
+        return "One site, calibrated and tested on one text. Drag the scale, or press a policy."
+    what = "the model's output" if loss_tables.has_loss(case.run) else "SNR"
+    return (
+        f"Of the pairs of texts measured, the amax of {case.calibration} costs {what} most on {case.test}; "
+        "below, the site that loses most. Drag the scale, or press a policy."
+    )
+
+
 def block_numbers(case: interactive.Case) -> dict[str, float]:
     """What ``calculator`` takes: p1, p99.99 and amax of a case's nonzero block amaxes in calibration."""
     marginals = case.run.marginals(case.calibration, case.site)
