@@ -31,7 +31,7 @@ PAGES := $(NOTEBOOKS:notebooks/%.ipynb=$(EXECUTED)/%.ipynb)
 DATA := $(shell find results models/reference $(if $(RUN),$(wildcard runs/$(RUN))) -not -name '.*' 2>/dev/null)
 # What every page depends on: the helper, the code that makes results, and what pages share.
 CODE := $(shell find nvfp4_utils studies/data studies/runs -name '*.py' -o -name '*.cu') \
-	studies/__init__.py $(addprefix studies/pages/,__init__.py block_shapes.py loss_tables.py plots.py regimes.py snr_tables.py tails.py)
+	studies/__init__.py $(addprefix studies/pages/,__init__.py block_shapes.py interactive.py loss_tables.py plots.py regimes.py snr_tables.py tails.py)
 PROSE := $(shell find book -type f 2>/dev/null) _config.yml _toc.yml
 
 export JUPYTER_PLATFORM_DIRS := 1
@@ -137,4 +137,5 @@ $(BOOK)/.built: $(PAGES) $(PROSE)
 	if [ -d book/_static ]; then cp -r book/_static $(BOOK); fi
 	cp $(PAGES) $(BOOK)/notebooks
 	$(BIN)/jupyter-book build $(BOOK) --path-output $(BOOK) -W -n --keep-going
+	$(BIN)/python -m studies.pages.interactive $(BOOK)/_build/html/_static/curves $(if $(RUN),--run $(RUN))
 	@touch $@

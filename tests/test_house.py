@@ -36,7 +36,7 @@ ORDER = (
     "studies.pages",
     "notebooks",
 )
-SHARED_PAGES = {"block_shapes", "loss_tables", "plots", "regimes", "snr_tables", "tails"}
+SHARED_PAGES = {"block_shapes", "interactive", "loss_tables", "plots", "regimes", "snr_tables", "tails"}
 FIRST_PAGE = {"what_to_set"}  # whose verdict the first page and the cheat sheet repeat
 HELPER = sorted((ROOT / "nvfp4_utils").rglob("*.py"))
 STUDIES = sorted((ROOT / "studies").rglob("*.py"))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 
 from nvfp4_utils import ActivationStatistics, input_scale_from_amax
 from nvfp4_utils.quantize import E4M3_NORMAL_RANGE, UNDERFLOWS
@@ -143,6 +144,12 @@ def draw_levels() -> plt.Figure:
         box(4 * i, 3.2, 4, 1.4, text, grey)
     ax.text(8, 1.2, "value ≈ element × block scale × input_scale", ha="center", fontsize=10)
     return fig
+
+
+def block_settings(block: torch.Tensor, calibrated_amax: float) -> dict:
+    """What the element ``block`` of ``interactive`` needs: where it begins, its ends in octaves."""
+    values = block.to(torch.float32).tolist()
+    return {"block": values, "amax": calibrated_amax, "underflow": "flush", "range": [-4, 20]}
 
 
 def draw_range(s: Sweep, statistics: ActivationStatistics) -> plt.Figure:

@@ -178,15 +178,25 @@ def figure_svg(fig: plt.Figure, alt: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}" style="{style}"', 1)
 
 
-def show(fig: plt.Figure, *, caption: str, alt: str) -> None:
-    """Display a figure as SVG with a caption below and alternative text, and close it.
+def figure_html(fig: plt.Figure, *, caption: str, alt: str) -> str:
+    """A figure as SVG with a caption below and alternative text, in HTML; closes it.
 
     ``caption``: the finding first, then sample size, what the band means, configuration; simple
     HTML. ``alt``: the trend and its key value, plain text.
     """
     drawn = _region("Figure", caption, figure_svg(fig, alt))
     plt.close(fig)
-    _display("HTML", f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>")
+    return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
+
+
+def show(fig: plt.Figure, *, caption: str, alt: str) -> None:
+    """Display ``figure_html``."""
+    display_html(figure_html(fig, caption=caption, alt=alt))
+
+
+def display_html(text: str) -> None:
+    """Display HTML as it is."""
+    _display("HTML", text)
 
 
 def answer(text: str, *, title: str = "Answer") -> None:
@@ -201,10 +211,10 @@ def prose(text: str) -> None:
     _display("Markdown", text)
 
 
-def table(
+def table_html(
     frame: pd.DataFrame, *, caption: str, digits: int = 2, significant: bool = False, wrap: bool = False
-) -> None:
-    """Display a table with a caption; floats to ``digits`` decimals, or significant digits.
+) -> str:
+    """A table with a caption, in HTML; floats to ``digits`` decimals, or significant digits.
 
     ``wrap``: cells hold sentences, which may take several lines.
     """
@@ -224,7 +234,12 @@ def table(
         for at, title in groups.items()
     }
     rest = first + "".join(f"{titles.get(at, '')}<tr>{row}" for at, row in enumerate(rows))
-    _display("HTML", _region("Table", caption, head + rest) + f"<p><em>{caption}</em></p>")
+    return _region("Table", caption, head + rest) + f"<p><em>{caption}</em></p>"
+
+
+def table(frame: pd.DataFrame, *, caption: str, **layout) -> None:
+    """Display ``table_html``."""
+    display_html(table_html(frame, caption=caption, **layout))
 
 
 def rows_of_groups(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[int, str]]:

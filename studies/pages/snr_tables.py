@@ -255,6 +255,15 @@ def paired_difference(run: Run, mix: str, base: str, policy: str, underflow: str
             "better": int((low > 0).sum()), "worse": int((high < 0).sum())}  # fmt: skip
 
 
+def scored(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of ``Run.metrics`` with each predictor's score; losses are from the site's best."""
+    lower = table[["snr_db", "block_snr_db"]].min(axis=1)
+    columns = {"SNR": table.snr_db, "block SNR": table.block_snr_db, "lower SNR": lower}
+    loss = {name: v.groupby(table.site).transform("max") - v for name, v in columns.items()}
+    loss["larger loss"] = np.maximum(loss["SNR"], loss["block SNR"])
+    return table.assign(**loss)
+
+
 def amax_ratio(run: Run, cross: pd.DataFrame) -> pd.DataFrame:
     """``cross_matrix`` with a column amax_ratio: calibration pool's amax over the test pool's."""
     pools = {
