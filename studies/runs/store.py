@@ -80,7 +80,7 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     part.replace(path)
 
 
-def write_json(info: dict, path: Path) -> None:
+def write_json(info: dict | list, path: Path) -> None:
     """Write JSON; an interrupted write leaves the old file, or none."""
     part = path.with_suffix(".partial")
     part.write_text(json.dumps(info, indent=1) + "\n")
