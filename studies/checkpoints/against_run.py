@@ -78,9 +78,15 @@ def slack_findings(scales: Iterable[Scale], run: Run, mix: str) -> Iterator[Find
 
 def _slack(row: dict[str, Any], run: Run, mix: str) -> Finding:
     loss, low, high = row["loss_db"], row["saturation"], row["underflow"]
-    severity = "error" if loss > LOSS_ERROR_DB else "warning" if loss > LOSS_WARNING_DB or high < 0 else "info"
-    clipped = f"{low:.2f} octaves above the largest block" if low >= 0 else f"clips by {-low:.2f} octaves"
-    noticed = f"{high:.2f} octaves below underflow" if high >= 0 else f"{-high:.2f} octaves into underflow"
+    severity = (
+        "error" if loss > LOSS_ERROR_DB else "warning" if loss > LOSS_WARNING_DB or high < 0 else "info"
+    )
+    clipped = (
+        f"{low:.2f} octaves above the largest block" if low >= 0 else f"clips by {-low:.2f} octaves"
+    )
+    noticed = (
+        f"{high:.2f} octaves below underflow" if high >= 0 else f"{-high:.2f} octaves into underflow"
+    )
     value = {k: round(row[k], 4) for k in ("saturation", "underflow", "loss_db", "of_amax")}
     return Finding(
         row["tensor"], "slack", severity,

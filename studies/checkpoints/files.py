@@ -127,7 +127,9 @@ def _promised(folder: Path) -> dict[str, str]:
         if not isinstance(weight_map, dict) or not all(
             isinstance(file, str) and Path(file).name == file for file in weight_map.values()
         ):
-            raise UnreadableError(f"{index} has no weight_map of file names; expected one. Copy it again.")
+            raise UnreadableError(
+                f"{index} has no weight_map of file names; expected one. Copy it again."
+            )
         promised |= weight_map
     return promised
 

@@ -85,7 +85,9 @@ def scales_of(
             stored = values[tensor.name]
             for i, (value, amax) in enumerate(zip(stored.tolist(), convention.amax(stored).tolist(),
                                                   strict=True)):  # fmt: skip
-                yield Scale(tensor.name if len(stored) == 1 else f"{tensor.name}[{i}]", module, value, amax)
+                yield Scale(
+                    tensor.name if len(stored) == 1 else f"{tensor.name}[{i}]", module, value, amax
+                )
 
 
 def format_findings(
@@ -136,7 +138,9 @@ def format_findings(
 
 
 def _declared(config: Mapping) -> str:
-    quantization = config.get("quantization_config") or config.get("hf_quant", {}).get("quantization", {})
+    quantization = config.get("quantization_config") or config.get("hf_quant", {}).get(
+        "quantization", {}
+    )
     return str(quantization.get("quant_algo") or quantization.get("quant_method") or "")
 
 
@@ -331,7 +335,11 @@ def _exchanged(scales: list[Scale]) -> Iterator[Finding]:
             continue
         other, typical = AMAX_PER_SCALE**2 / s.amax, median(roles[role_of(s.module.name)])
         exchanged = 1 / EXCHANGED_FACTOR <= other / typical <= EXCHANGED_FACTOR
-        verdict = "Value and reciprocal look exchanged" if exchanged else "No float16 model could have it; check it"
+        verdict = (
+            "Value and reciprocal look exchanged"
+            if exchanged
+            else "No float16 model could have it; check it"
+        )
         yield Finding(
             s.tensor, "magnitude", "error" if exchanged else "warning",
             f"amax {s.amax:.4g}; as the reciprocal {other:.4g}, and the median of its role is {typical:.4g}. {verdict}. "

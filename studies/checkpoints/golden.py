@@ -17,9 +17,10 @@ from nvfp4_utils.quantize import (
     E2M1_VALUES,
     block_scale_e4m3,
     fake_quantize,
-    input_scale_from_amax,
     round_e2m1,
 )
+
+from .scales import CONVENTIONS, MODELOPT
 
 # Exact in bfloat16. At amax 96, g is 1/28 and the largest magnitude, 5.25, gives s = 24.5, which E4M3
 # rounds to 24: block scale, elements and both conventions of g are all visible in the result.
@@ -36,13 +37,12 @@ def golden_block() -> dict:
     ``block_scale_byte``: E4M3; ``decoded``: float32, ``±E2M1_VALUES[k] * block_scale * input_scale``.
     """
     x = torch.tensor(GOLDEN_VALUES, dtype=torch.float32)
-    g = torch.tensor(input_scale_from_amax(GOLDEN_AMAX))
+    g = torch.tensor(MODELOPT.stored(GOLDEN_AMAX))
     block_scale = block_scale_e4m3(x.abs().amax(), g, "flush")
     codes = _codes(x, block_scale * g)
     return {
         "values": list(GOLDEN_VALUES),
-        "input_scale": g.item(),
-        "input_global_scale": 1 / input_scale_from_amax(GOLDEN_AMAX),
+        **{c.leaf: c.stored(GOLDEN_AMAX) for c in CONVENTIONS},
         "block_scale": block_scale.item(),
         "block_scale_byte": int(block_scale.to(torch.float8_e4m3fn).view(torch.uint8)),
         "packed": (codes[0::2] + 16 * codes[1::2]).tolist(),
