@@ -18,7 +18,8 @@ from .scales import site_readers
 
 # Half a decibel is what the pages call harm; three are twice the noise power.
 LOSS_WARNING_DB, LOSS_ERROR_DB = 0.5, 3.0
-# Mistakes that multiply every amax by one factor: amax stored for the scale (2688, or 448 or 6 of it left out).
+# Mistakes that multiply every amax by one factor: amax stored for the scale (2688, or 448 or 6 of it
+# left out).
 FACTORS = (AMAX_PER_SCALE, E4M3_MAX, 6.0)
 FACTOR_TOLERANCE = 2.0**0.25  # text moves an amax by less than this at most sites
 FACTOR_SHARE = 0.75  # of the sites: a policy that raises amaxes raises them unequally
@@ -32,7 +33,8 @@ def slack_table(scales: Iterable[Scale], run: Run, mix: str) -> pd.DataFrame:
     octaves from the stored amax up to where blocks notice (policy ``raised-all``: amax raised by all
     its room), negative if they do; ``loss_db``: SNR below the best of the error curve, flush.
 
-    The SNR weights blocks by their energy and hardly sees small ones: ``underflow`` does, weighting all alike.
+    The SNR weights blocks by their energy and hardly sees small ones; ``underflow``, which weights all
+    blocks alike, does.
     """
     scales = [s for s in scales if s.sound]
     sites = site_readers(run.info, run.sites, {s.module.name for s in scales})
@@ -68,7 +70,8 @@ def slack_findings(scales: Iterable[Scale], run: Run, mix: str) -> Iterator[Find
     table = slack_table(scales, run, mix)
     if scales and table.empty:
         raise ValueError(
-            f"run {run.name!r} has sites such as {run.sites[0]}, and no scale of the checkpoint belongs to "
+            f"run {run.name!r} has sites such as {run.sites[0]}, and no scale of the checkpoint "
+            "belongs to "
             f"one, not {scales[0].tensor}; expected the run of the same model. Name it with RUN=."
         )
     yield from _common_factor(table, run, mix)
@@ -90,8 +93,10 @@ def _slack(row: dict[str, Any], run: Run, mix: str) -> Finding:
     value = {k: round(row[k], 4) for k in ("saturation", "underflow", "loss_db", "of_amax")}
     return Finding(
         row["tensor"], "slack", severity,
-        f"{row['site']}: {clipped}, {noticed if high == high else 'room unknown'}, expected loss {loss:.2f} dB "
-        f"({run.name}, {mix}). Rule: a warning above {LOSS_WARNING_DB} dB or in underflow, an error above "
+        f"{row['site']}: {clipped}, {noticed if high == high else 'room unknown'}, expected loss "
+        f"{loss:.2f} dB "
+        f"({run.name}, {mix}). Rule: a warning above {LOSS_WARNING_DB} dB or in underflow, an "
+        "error above "
         f"{LOSS_ERROR_DB} dB.",
         value | {"site": row["site"]},
     )  # fmt: skip
@@ -104,7 +109,8 @@ def _common_factor(table: pd.DataFrame, run: Run, mix: str) -> Iterator[Finding]
         if share >= FACTOR_SHARE:
             yield Finding(
                 "", "magnitude", "error",
-                f"{share:.0%} of the amaxes are {factor:.4g} times those of {run.name}, {mix}: a factor of "
+                f"{share:.0%} of the amaxes are {factor:.4g} times those of {run.name}, {mix}: a "
+                "factor of "
                 f"the scale's definition, amax / (6 * 448), is left out or there twice. Rule: "
                 f"{FACTOR_SHARE:.0%} of the sites within {FACTOR_TOLERANCE:.3g} times 2688, 448 or 6.",
                 factor,

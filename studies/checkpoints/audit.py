@@ -81,11 +81,13 @@ def report(findings: Iterable[Finding], shown: int = SHOWN) -> str:
         seen[key] += 1
         if seen[key] <= shown:
             lines.append(
-                f"{finding.severity:8s}{finding.kind:15s}{finding.tensor or '(checkpoint)'}: {finding.message}"
+                f"{finding.severity:8s}{finding.kind:15s}{finding.tensor or '(checkpoint)'}: "
+                f"{finding.message}"
             )
         elif seen[key] == shown + 1:
             lines.append(
-                f"{finding.severity:8s}{finding.kind:15s}{totals[key] - shown} more; OUT=audit.json lists all"
+                f"{finding.severity:8s}{finding.kind:15s}{totals[key] - shown} more; "
+                "OUT=audit.json lists all"
             )
     return "\n".join(lines)
 

@@ -42,8 +42,8 @@ SCALES = "scales.json"
 class ModuleScales:
     """Calibrated amax by module: one per fused group, every expert with one.
 
-    ``sites``: module -> site it reads; ``moved``: members of fused groups that got another's larger amax;
-    ``filled``: experts that got the largest of their layer's others; ``origin``: run, mix, policy.
+    ``sites``: module -> site it reads; ``moved``: members of fused groups that got another's larger
+    amax; ``filled``: experts that got the largest of their layer's others; ``origin``: run, mix, policy.
     """
 
     amaxes: Mapping[str, float]
@@ -67,7 +67,8 @@ class ModuleScales:
 
 
 def policy_amaxes(run: Run, policy: str, mix: str) -> dict[str, float]:
-    """Site -> calibrated amax. Raises ``ValueError`` for a policy the run lacks or that is not one scale."""
+    """Site -> calibrated amax. Raises ``ValueError`` for a policy the run lacks or that is not "
+    "one scale."""
     table = run.policies(mix)
     known = [p for p in table.policy.unique() if p in POLICIES and POLICIES[p].one_scale]
     if policy not in known:
@@ -136,7 +137,8 @@ def write_scales(scales: ModuleScales, out: Path) -> None:
 
 
 def start_folder(out: Path) -> Path:
-    """An empty folder beside ``out`` to be renamed to it. Raises ``FileExistsError`` if ``out`` exists."""
+    """An empty folder beside ``out`` to be renamed to it. Raises ``FileExistsError`` if ``out`` "
+    "exists."""
     if out.exists() or out.is_symlink():
         raise FileExistsError(
             f"{out} exists; expected a new folder. Delete it or name another with OUT=."
@@ -165,8 +167,9 @@ def load_scales(folder: Path) -> dict[str, dict]:
         with safe_open(file, "pt") as stored:
             check_golden(json.loads(stored.metadata()["golden"]), str(file))
             wrong = {f"{m}.{c.leaf}" for m in modules} ^ set(stored.keys())
-            wrong |= {name for name in set(stored.keys()) - wrong
-                      if stored.get_tensor(name).item() != modules[name.rpartition(".")[0]][c.leaf]}  # fmt: skip
+            for name in set(stored.keys()) - wrong:
+                if stored.get_tensor(name).item() != modules[name.rpartition(".")[0]][c.leaf]:
+                    wrong.add(name)
         if wrong:
             raise ValueError(
                 f"{file}: {len(wrong)} tensors differ from {SCALES}, as {min(wrong)}; expected equal "

@@ -26,16 +26,21 @@ from .scales import (
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
+# In the order of the report. "slack" is of an audit against a run.
 KINDS = ("unknown_format", "truncated", "convention", "nonfinite", "negative", "zero", "missing",
-         "magnitude", "fused_mismatch", "imputed_half", "constant_one", "expert_spread", "slack")  # fmt: skip
+         "magnitude", "fused_mismatch", "imputed_half", "constant_one", "expert_spread",
+         "slack")  # fmt: skip
 # ModelOpt's set_expert_quantizer_amax gives 0.5 to experts of a layer none of which calibration reached.
 IMPUTED_AMAX = 0.5
 IMPUTED_TOLERANCE = 1e-6  # relative: float32 rounding of 0.5 / 2688 is 6e-8
-# The largest float16. No scale read as it should be has a larger median over a checkpoint, by any policy of
-# the stored runs or of the published layers; with g and 1/g exchanged the median is 2688**2 / amax, above it.
+# The largest float16. No scale read as it should be has a larger median over a checkpoint, by any
+# policy of
+# the stored runs or of the published layers; with g and 1/g exchanged the median is 2688**2 / amax,
+# above it.
 LARGEST_MEDIAN = 65504.0
 # A single module is called exchanged if its amax is above that and the other reading lies within this
-# factor of the median of its role. One published amax, 774144 in a layer of median 124, is real and 13 times off.
+# factor of the median of its role. One published amax, 774144 in a layer of median 124, is real and 13
+# times off.
 EXCHANGED_FACTOR = 8.0
 # Kernels that take one maximum over the experts of a layer leave the quietest expert this factor less
 # room. Half of the median room of the stored runs' sites, 9 octaves, is about this.
@@ -44,7 +49,8 @@ EXPERT_SPREAD = 2.0**5
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing wrong, or worth knowing. ``value``: what was found, JSON; ``message`` ends in its rule."""
+    """One thing wrong, or worth knowing. ``value``: what was found, JSON; ``message`` ends in its "
+    "rule."""
 
     tensor: str
     kind: str
@@ -169,7 +175,8 @@ def static_activations(config: Mapping) -> Literal["yes", "no", "some"]:
 def presence_findings(
     checkpoint: Checkpoint, modules: Mapping[str, QuantizedModule]
 ) -> Iterator[Finding]:
-    """``missing`` and ``convention``: no scale, two, or one that the weights' convention does not read."""
+    """``missing`` and ``convention``: no scale, two, or one that the weights' convention does not "
+    "read."""
     static = static_activations(checkpoint.config)
     bare = [m for m in modules.values() if not m.scales]
     if modules and len(bare) == len(modules):
@@ -177,16 +184,20 @@ def presence_findings(
         bare = []
     for module in bare:
         yield Finding(
-            f"{module.name}.{module.convention.leaf}", "missing", "error" if static == "yes" else "warning",
+            f"{module.name}.{module.convention.leaf}", "missing",
+            "error" if static == "yes" else "warning",
             "the weights are NVFP4 and no activation scale is stored: an engine runs it with whatever "
-            "its buffer holds, or refuses. Calibrate it; an expert never reached gets the largest of the others "
-            f"(make export does). Rule: other modules have one{', config.json allows some without' * (static == 'some')}.",
+            "its buffer holds, or refuses. Calibrate it; an expert never reached gets the largest "
+            "of the others "
+            "(make export does). Rule: other modules have "
+            f"one{', config.json allows some without' * (static == 'some')}.",
         )  # fmt: skip
     for module in modules.values():
         if len(module.scales) == 2:
             message = "both input_scale and input_global_scale are stored; engines read one of them."
         elif module.scales and module.convention.leaf not in module.scales:
-            message = f"the weights are {module.convention.name}'s, whose engines read {module.convention.leaf}."
+            own = module.convention
+            message = f"the weights are {own.name}'s, whose engines read {own.leaf}."
         else:
             continue
         yield Finding(
@@ -199,7 +210,8 @@ def presence_findings(
     if len(used) > 1:
         yield Finding(
             "", "convention", "error",
-            f"weights of both conventions: {', '.join(sorted(used))}, as in {', '.join(m.name for m in used.values())}. "
+            f"weights of both conventions: {', '.join(sorted(used))}, as in "
+            f"{', '.join(m.name for m in used.values())}. "
             "An engine picks one loader by config.json. Rule: one convention per checkpoint.",
             sorted(used),
         )  # fmt: skip
@@ -240,7 +252,8 @@ def _unsound(scale: Scale) -> Finding | None:
         kind, effect = "nonfinite", "outputs are NaN, zero or infinite"
     return Finding(
         scale.tensor, kind, "error",
-        f"is {scale.value:g}; {effect}. Usual cause: a linear that calibration never reached. Calibrate it or "
+        f"is {scale.value:g}; {effect}. Usual cause: a linear that calibration never reached. "
+        "Calibrate it or "
         "give it its group's largest amax. Rule: finite, positive and in float32's normal range.",
         repr(scale.value) if kind == "nonfinite" else scale.value,
     )  # fmt: skip
@@ -253,25 +266,28 @@ def _placeholder(scale: Scale) -> Finding | None:
                  "ModelOpt's constant_amax for experts writes it")  # fmt: skip
         return Finding(
             scale.tensor, "constant_one", "warning",
-            f"is exactly 1, amax {AMAX_PER_SCALE:g}: a constant, not calibrated; {cause}. Audit with RUN= "
+            f"is exactly 1, amax {AMAX_PER_SCALE:g}: a constant, not calibrated; {cause}. Audit "
+            "with RUN= "
             "to see what it costs. Rule: the value is 1.",
             1.0,
         )  # fmt: skip
     if abs(scale.amax / IMPUTED_AMAX - 1) <= IMPUTED_TOLERANCE:
         expert = EXPERT.search(scale.tensor) is not None
         cause = ("ModelOpt's fallback for experts that calibration never reached" if expert else
-                 "exact in bfloat16, so it may be real; as a fallback ModelOpt gives it to experts alone")  # fmt: skip
+                 "exact in bfloat16, so it may be real; ModelOpt's fallback is experts'")  # fmt: skip
         return Finding(
             scale.tensor, "imputed_half", "error" if expert else "info",
             f"amax is {IMPUTED_AMAX}: {cause}. Calibrate on more text or take the largest amax of other "
-            f"layers' experts. Rule: within {IMPUTED_TOLERANCE:g} of {IMPUTED_AMAX}; an error at experts.",
+            f"layers' experts. Rule: within {IMPUTED_TOLERANCE:g} of {IMPUTED_AMAX}; an error at "
+            "experts.",
             scale.amax,
         )  # fmt: skip
     return None
 
 
 def relation_findings(scales: Iterable[Scale]) -> Iterator[Finding]:
-    """``fused_mismatch``, ``expert_spread``, ``magnitude``: a value beside the others. Sound ones only."""
+    """``fused_mismatch``, ``expert_spread``, ``magnitude``: a value beside the others. Sound ones "
+    "only."""
     sound = [scale for scale in scales if scale.sound]
     by_module = {s.module.name: s for s in sound if s.module.convention.leaf in s.tensor
                  and not s.tensor.endswith("]")}  # fmt: skip
@@ -295,7 +311,8 @@ def _mismatch(members: list[Scale]) -> Iterator[Finding]:
                   f"{factor:.3g} times lower in E4M3; TensorRT-LLM refuses to load it")  # fmt: skip
     yield Finding(
         low.tensor, "fused_mismatch", "error",
-        f"amax {low.amax:.6g}, while {high.tensor} of the same fused group has {high.amax:.6g}: {effect}. "
+        f"amax {low.amax:.6g}, while {high.tensor} of the same fused group has {high.amax:.6g}: "
+        f"{effect}. "
         "Store the largest amax for all (make export does). Rule: members of a fused group are equal.",
         factor,
     )  # fmt: skip
@@ -322,7 +339,8 @@ def _exchanged(scales: list[Scale]) -> Iterator[Finding]:
         yield Finding(
             "", "magnitude", "error",
             f"the median amax is {middle:.4g}; read as the reciprocal it would be "
-            f"{AMAX_PER_SCALE**2 / middle:.4g}. Value and reciprocal look exchanged in the whole checkpoint. "
+            f"{AMAX_PER_SCALE**2 / middle:.4g}. Value and reciprocal look exchanged in the whole "
+            "checkpoint. "
             f"Rule: a median above {LARGEST_MEDIAN:g}, the largest float16.",
             middle,
         )  # fmt: skip
@@ -342,7 +360,9 @@ def _exchanged(scales: list[Scale]) -> Iterator[Finding]:
         )
         yield Finding(
             s.tensor, "magnitude", "error" if exchanged else "warning",
-            f"amax {s.amax:.4g}; as the reciprocal {other:.4g}, and the median of its role is {typical:.4g}. {verdict}. "
-            f"Rule: above {LARGEST_MEDIAN:g}; an error if the reciprocal is within {EXCHANGED_FACTOR:g} times the median.",
+            f"amax {s.amax:.4g}; as the reciprocal {other:.4g}, and the median of its role is "
+            f"{typical:.4g}. {verdict}. "
+            f"Rule: above {LARGEST_MEDIAN:g}; an error if the reciprocal is within "
+            f"{EXCHANGED_FACTOR:g} times the median.",
             s.amax,
         )  # fmt: skip

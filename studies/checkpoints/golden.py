@@ -3,8 +3,8 @@
 """A golden block: 16 values, their NVFP4 bytes and what those decode to, stored beside scales.
 
 A loader that takes g for 1/g, packs the nibbles the other way round or rounds ties otherwise gets
-other bytes from the 16 values. The file's own numbers are compared with what the reference gives when it is
-loaded, so that a file written under another convention is refused.
+other bytes from the 16 values. When a file is loaded, its own numbers are compared with what
+the reference gives, so that a file written under another convention is refused.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def check_golden(stored: Mapping, source: str) -> None:
     for name, expected in golden_block().items():
         if stored.get(name) != expected:
             raise ValueError(
-                f"{source}: the golden block's {name} is {stored.get(name)}; expected {expected}. The file "
+                f"{source}: the golden block's {name} is {stored.get(name)}; expected {expected}. "
+                "The file "
                 "is of another convention or was edited: export it again."
             )

@@ -51,7 +51,8 @@ def patch_checkpoint(
         before, after = old[tensor.name], new[tensor.name]
         if decode(raw[name], tensor.dtype) != after.item():
             raise OSError(
-                f"{tensor.name} reads {after.item()} from the copy, not what was written; the disk failed."
+                f"{tensor.name} reads {after.item()} from the copy, not what was written; the disk "
+                "failed."
             )
         changes.append({"tensor": tensor.name, "file": tensor.file.name,
                         "old": before.item(), "new": after.item(),
@@ -69,26 +70,30 @@ def _refuse_broken(source: Checkpoint, modules: Mapping[str, QuantizedModule]) -
         )
     if not modules:
         raise UnreadableError(
-            f"{source.folder} has no NVFP4 module; expected ModelOpt's weight_scale_2 or compressed-tensors' "
+            f"{source.folder} has no NVFP4 module; expected ModelOpt's weight_scale_2 or "
+            "compressed-tensors' "
             "weight_packed. Audit it: make audit CHECKPOINT=folder."
         )
     for module in modules.values():
         leaf = module.convention.leaf
         if set(module.scales) != {leaf}:
             raise UnreadableError(
-                f"{module.name} stores {' and '.join(sorted(module.scales)) or 'no activation scale'}; expected "
+                f"{module.name} stores "
+                f"{' and '.join(sorted(module.scales)) or 'no activation scale'}; expected "
                 f"{leaf} alone, whose bytes can be replaced. Export the checkpoint again."
             )
         tensor = module.scales[leaf]
         if tensor.count != 1 or tensor.dtype not in DTYPES:
             raise UnreadableError(
-                f"{tensor.name} is {tensor.dtype} of shape {list(tensor.shape)}; expected one element of "
+                f"{tensor.name} is {tensor.dtype} of shape {list(tensor.shape)}; expected one "
+                "element of "
                 f"{', '.join(DTYPES)}. Fused experts must be exported one by one."
             )
 
 
 def to_bytes(convention: Convention, amax: float, dtype: str) -> bytes:
-    """The stored bytes of a scale. Coarser dtypes round towards the larger amax, so that none saturates."""
+    """The stored bytes of a scale. Coarser dtypes round towards the larger amax, so that none "
+    "saturates."""
     exact = torch.tensor(convention.stored(amax), dtype=torch.float64)
     value = exact.to(DTYPES[dtype])
     short = value.double() > exact if convention.inverse else value.double() < exact
@@ -111,7 +116,8 @@ def _copy(source: Path, target: Path) -> None:
     free = shutil.disk_usage(target).free
     if sum(sizes.values()) > free:
         raise OSError(
-            f"the copy of {source} takes {sum(sizes.values()):,} bytes, and {free:,} are free at {target}; "
+            f"the copy of {source} takes {sum(sizes.values()):,} bytes, and {free:,} are free at "
+            f"{target}; "
             "expected room for it. Free some, or give OUT= on another disk."
         )
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="copy") as bar:
@@ -126,7 +132,8 @@ def _overwrite(source: Checkpoint, target: Path, raw: Mapping[StoredTensor, byte
     for tensor, data in raw.items():
         if len(data) != tensor.end - tensor.begin:
             raise UnreadableError(
-                f"{tensor.name} takes {tensor.end - tensor.begin} bytes in {tensor.file}; expected {len(data)}."
+                f"{tensor.name} takes {tensor.end - tensor.begin} bytes in {tensor.file}; expected "
+                f"{len(data)}."
             )
         with _moved(tensor, source, target).file.open("r+b") as stream:
             stream.seek(tensor.begin)
@@ -143,13 +150,15 @@ def print_changes(changes: list[dict]) -> None:
     changes = sorted(changes, key=lambda c: -_factor(c))
     for c in changes[:PRINTED]:
         print(
-            f"{c['tensor']}: {c['old']:.9g} -> {c['new']:.9g} (amax {c['old_amax']:.6g} -> {c['new_amax']:.6g})"
+            f"{c['tensor']}: {c['old']:.9g} -> {c['new']:.9g} (amax {c['old_amax']:.6g} -> "
+            f"{c['new_amax']:.6g})"
         )
     if len(changes) > PRINTED:
         print(f"{len(changes) - PRINTED} more, all of them in the JSON beside the copy")
     same = sum(c["old"] == c["new"] for c in changes)
     print(
-        f"{len(changes)} scales replaced, {same} of them by an equal value; largest factor {_factor(changes[0]):.4g}"
+        f"{len(changes)} scales replaced, {same} of them by an equal value; largest factor "
+        f"{_factor(changes[0]):.4g}"
     )
 
 

