@@ -249,7 +249,7 @@ def test_a_factor_left_out_everywhere_is_seen_with_a_run(skeleton, run, tmp_path
     sites = scales.site_readers({}, run.sites, modules_of(skeleton))
     off = put(skeleton, {m: stored(skeleton, 448 * amaxes[s]) for m, s in sites.items()})
     found = [f for f in audit.audit(build(off, tmp_path / "c"), run) if f.kind == "magnitude"]
-    assert [(f.severity, f.value) for f in found] == [("error", 448.0)]
+    assert [f.value for f in found if f.severity == "error"] == [448.0]
 
 
 def test_a_run_of_another_model_is_refused(tmp_path):

@@ -26,7 +26,14 @@ from typing import Any
 
 import torch
 
-from nvfp4_utils.quantize import E2M1_VALUES, fake_quantize
+from nvfp4_utils.quantize import (
+    BLOCK_SIZE,
+    E2M1_MAX,
+    E2M1_VALUES,
+    E4M3_MAX,
+    fake_quantize,
+    round_e2m1,
+)
 from studies.runs.store import RESULTS, Run, provenance, write_json
 
 from .export import export
@@ -253,7 +260,8 @@ def check_compressed_tensors(work: Path) -> dict:
     with torch.inference_mode():
         model(input_ids=tokens(work)["test"][:, :TOKENS])
     lifecycle.forward_quantize = plain
-    kinds = ("activations", "block amax / 6 in float32", "blocks they do not flush", "weights")
+    kinds = ("activations", "activations in float32", "float32, its order of operations",
+             "blocks it does not flush", "weights")  # fmt: skip
     parts: dict[str, dict] = {kind: {} for kind in kinds}
     for name, G in scales.items():
         value, theirs, args = seen[name]
@@ -263,9 +271,10 @@ def check_compressed_tensors(work: Path) -> dict:
         with torch.inference_mode():
             wide = plain(model.get_submodule(name), value.float(), "input", args).view_as(ours)
         wide = wide.to(x.dtype)
-        parts["block amax / 6 in float32"][name] = compare(ours, wide)
+        parts["activations in float32"][name] = compare(ours, wide)
+        parts["float32, its order of operations"][name] = compare(_reordered(x, G), wide)
         flushed = (ours == 0).view(-1, 16).all(1, keepdim=True).expand(-1, 16).reshape(ours.shape)
-        parts["blocks they do not flush"][name] = compare(ours.where(flushed, wide), wide)
+        parts["blocks it does not flush"][name] = compare(ours.where(flushed, wide), wide)
         module = model.get_submodule(name)
         packed, block, G_weight = (
             stored[f"{name}.{leaf}"] for leaf in ("weight_packed", "weight_scale", "weight_global_scale")
@@ -277,6 +286,15 @@ def check_compressed_tensors(work: Path) -> dict:
         for n, G in scales.items()
     }
     return {"scale read back": total(read)} | {name: total(part) for name, part in parts.items()}
+
+
+def _reordered(x: torch.Tensor, G: float) -> torch.Tensor:
+    """compressed-tensors' order: ``G * (b / 6)``, ``s8 / G``, and 0.125 in place of a zero scale."""
+    blocks, scale = x.float().reshape(-1, BLOCK_SIZE), torch.tensor(G)
+    s = (scale * (blocks.abs().amax(1, keepdim=True) / E2M1_MAX)).clamp(max=E4M3_MAX)
+    s8 = s.to(torch.float8_e4m3fn).float()
+    step = torch.where(s8 == 0, 0.125, s8) / scale
+    return torch.copysign(round_e2m1(blocks.abs() / step) * step, blocks).view_as(x).to(x.dtype)
 
 
 def check_vllm(work: Path) -> dict:
@@ -328,8 +346,8 @@ def _vllm_run(folder: Path, work: Path) -> dict:
     engine = _engine(folder)
     plain, seen = emulation.ref_nvfp4_quant_dequant, []
 
-    def spy(x: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
-        result = plain(x, scale, block)
+    def spy(x: torch.Tensor, scale: torch.Tensor, block_size: int) -> torch.Tensor:
+        result = plain(x, scale, block_size)
         seen.append((x.clone(), scale.clone(), result.clone()))
         return result
 
@@ -347,7 +365,9 @@ def _vllm_run(folder: Path, work: Path) -> dict:
         value = scales[member]
         expected = torch.tensor(value) if inverse else 1.0 / torch.tensor(value)
         read[name] = compare(torch.tensor(G), expected)
-        x, _, theirs = seen[i]
+        x, used, theirs = seen[i]
+        if used.item() != G:
+            raise ValueError(f"call {i} has scale {used.item()}; expected {G}, that of {name}.")
         g = 1 / value if inverse else value
         ours[name] = compare(fake_quantize(x, g, underflow="flush"), theirs)
         exact[name] = compare(
