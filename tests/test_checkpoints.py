@@ -37,6 +37,11 @@ from studies.runs.store import RESULTS, Run
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKERS = ("modelopt", "llmcompressor")
+LINEARS = (*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down")))
+NO_ACTIVATIONS = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"a": {"input_activations": None}},
+}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -61,8 +66,7 @@ def tiny(folder: Path, convention=scales.MODELOPT, shards: int = 1, dtype=torch.
     for shard in range(shards):
         tensors = {}
         for layer in range(shard, 3, shards):
-            for linear in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-                           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):  # fmt: skip
+            for linear in LINEARS:
                 name = f"model.layers.{layer}.{linear}"
                 weight = torch.randint(0, 256, (4, 8), dtype=torch.uint8, generator=generator)
                 scale = torch.full(convention.shape, convention.stored(4.0 + layer), dtype=dtype)
@@ -168,8 +172,7 @@ def test_fp8_modules_beside_nvfp4_ones_are_left_out(tmp_path):
     ("config", "severity"),
     [({"quantization_config": {"quant_algo": "W4A16_NVFP4"}}, {("missing", "info")}),
      ({"quantization_config": {"quant_algo": "NVFP4"}}, {("convention", "error")}),
-     ({"quantization_config": {"quant_method": "compressed-tensors",
-                               "config_groups": {"a": {"input_activations": None}}}}, {("missing", "info")})],
+     ({"quantization_config": NO_ACTIVATIONS}, {("missing", "info")})],
 )  # fmt: skip
 def test_weights_only_is_no_error_where_the_config_says_so(skeleton, tmp_path, config, severity):
     broken = next(b for b in BREAKAGES if b.label == "no scale at all").change(skeleton)
@@ -340,8 +343,8 @@ def test_exported_files_agree_and_a_changed_one_is_refused(run, tmp_path):
 
 
 def test_members_that_move_are_named_and_experts_are_filled():
-    amaxes = {"a.q_proj": 1.0, "a.k_proj": 4.0, "a.v_proj": 2.0, "m.experts.0.w1": 3.0, "m.experts.0.w3": 5.0,
-              "m.experts.0.w2": 7.0, "a.o_proj": 9.0}  # fmt: skip
+    amaxes = {"a.q_proj": 1.0, "a.k_proj": 4.0, "a.v_proj": 2.0, "a.o_proj": 9.0}
+    amaxes |= {"m.experts.0.w1": 3.0, "m.experts.0.w3": 5.0, "m.experts.0.w2": 7.0}
     unified, moved = scales.unify(amaxes)
     assert {k: unified[k] for k in ("a.q_proj", "a.k_proj", "a.v_proj", "a.o_proj")} == {
         "a.q_proj": 4.0, "a.k_proj": 4.0, "a.v_proj": 4.0, "a.o_proj": 9.0,
@@ -448,8 +451,8 @@ def test_killed_in_the_middle_nothing_half_written_carries_the_name(tmp_path, wi
         f"sys.exit(export.main(['--run', 'smollm2', '--policy', 'amax', '--out', {str(out)!r},"
         f" '--checkpoint', {str(source)!r}]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "copying\n"
     os.kill(process.pid, with_signal)
     process.wait()

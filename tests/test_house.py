@@ -31,6 +31,7 @@ ORDER = (
     "studies",
     "studies.data",
     "studies.runs",
+    "studies.checkpoints",
     "studies.pages",
     "notebooks",
 )

@@ -215,6 +215,43 @@ def proof_table(outcome: dict) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["tool", "compared"])
 
 
+def differences(outcome: dict) -> str:
+    """Why tools differ from this book's quantizer where they do, from the stored comparisons; "
+    "Markdown."""
+    table = proof_table({k: outcome[k] for k in ("modelopt", "compressed-tensors", "vllm")})
+    share, differ = table["differ (%)"], table["differ"]
+    ct = "compressed-tensors"
+    engines = [f"vllm {name}" for name in MAKERS.values()]
+    plain, odd = (
+        " and ".join(f"{share[e, part]:.2g} %" for e in engines)
+        for part in ("activations, flush", "flush, 12-bit scales")
+    )
+    read = differ["modelopt", "scale read back"]
+    return (
+        f"- **ModelOpt**: {_equal(differ['modelopt', 'activations, floor'])} in its activations, "
+        "under floor, and "
+        f"{_equal(differ['modelopt', 'weights'])} in its weights. {read} scales come back from its "
+        "quantizer "
+        f"an ulp off, since it keeps the amax and divides anew.\n"
+        "- **compressed-tensors** computes in the activation's dtype: "
+        f"{share[ct, 'activations']:.2g} % of the "
+        "elements differ. The same call in float32 leaves "
+        f"{share[ct, 'activations in float32']:.2g} %; with its "
+        f"order of operations, {_equal(differ[ct, 'float32, its order of operations'])} are left.\n"
+        f"- **vLLM**: {plain} of the elements differ, for the two checkpoints; it multiplies by "
+        "reciprocals, and an "
+        "amax that was calibrated often lies on an E4M3 tie. At scales with 12-bit odd mantissas, "
+        "where "
+        f"no tie can occur, {odd}. Its CPU build has no NVFP4 kernel and refuses "
+        f"(`{outcome['vllm']['refusal'].splitlines()[0]}`); its own emulation was registered for "
+        "the CPU to run this."
+    )
+
+
+def _equal(differ: int) -> str:
+    return f"{differ:,} differing elements" if differ else "no differing element"
+
+
 def worst(table: pd.DataFrame) -> pd.Series:
     """The site of the largest expected loss."""
     return table.loc[table.loss_db.idxmax()]
