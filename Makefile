@@ -43,7 +43,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test test-browser lab lint linkcheck models capture benchmark recapture clean
+.PHONY: help book test test-browser lab lint linkcheck models capture export audit benchmark recapture clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
@@ -80,6 +80,17 @@ capture: .venv/.book ## Capture statistics: MODEL=path-or-id DATASET=mix[,mix] R
 		{ echo 'usage: make capture MODEL=path-or-id DATASET=mix RUN=name' >&2; exit 2; }
 	$(BIN)/python -m studies.runs.capture_run --model "$(MODEL)" --dataset "$(DATASET)" --run "$(RUN)" \
 		$(strip $(CAPTURE_OPTIONS))
+
+export: .venv/.book ## Write a policy's scales: RUN=name POLICY=name OUT=folder [MIX=mix] [CHECKPOINT=folder: into a copy]
+	@test -n "$(RUN)" -a -n "$(POLICY)" -a -n "$(OUT)" || \
+		{ echo 'usage: make export RUN=name POLICY=name OUT=folder [MIX=mix] [CHECKPOINT=folder]' >&2; exit 2; }
+	$(BIN)/python -m studies.checkpoints.export --run "$(RUN)" --policy "$(POLICY)" --out "$(OUT)" \
+		$(if $(MIX),--mix "$(MIX)") $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
+
+audit: .venv/.book ## Audit a checkpoint's activation scales: CHECKPOINT=folder [RUN=name MIX=mix] [OUT=audit.json]
+	@test -n "$(CHECKPOINT)" || { echo 'usage: make audit CHECKPOINT=folder [RUN=name] [OUT=audit.json]' >&2; exit 2; }
+	@$(BIN)/python -m studies.checkpoints.audit "$(CHECKPOINT)" $(if $(RUN),--run "$(RUN)") \
+		$(if $(MIX),--mix "$(MIX)") $(if $(OUT),--out "$(OUT)")
 
 recapture: .venv/.book ## Capture what results/ holds again, into build/results: needs models, corpora and a CUDA GPU
 	$(BIN)/python -m studies.runs.recapture --out build/results
@@ -123,6 +134,7 @@ models/downloaded/.asked: .venv/.book
 .SECONDEXPANSION:
 $(EXECUTED)/capture.ipynb $(EXECUTED)/models.ipynb: models/downloaded/.asked
 $(EXECUTED)/index.ipynb $(EXECUTED)/cheat_sheet.ipynb: $(wildcard studies/pages/q?_*.py) studies/pages/what_to_set.py
+$(EXECUTED)/audit.ipynb: $(wildcard studies/checkpoints/*.py)
 $(EXECUTED)/%.ipynb: notebooks/%.ipynb scripts/execute_notebook.py $(CODE) $$(wildcard studies/pages/$$*.py) \
 		$(DATA) .venv/.book
 	@mkdir -p $(@D)

@@ -33,6 +33,7 @@ ORDER = (
     "studies",
     "studies.data",
     "studies.runs",
+    "studies.checkpoints",
     "studies.pages",
     "notebooks",
 )

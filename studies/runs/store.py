@@ -123,7 +123,7 @@ def read_table(path: Path, **options) -> pd.DataFrame:
         ) from error
 
 
-def write_json(info: dict, path: Path) -> None:
+def write_json(info: dict | list, path: Path) -> None:
     """Write JSON; an interrupted write leaves the old file, or none."""
     with replacing(path) as part:
         part.write_text(json.dumps(info, indent=1) + "\n")
