@@ -7,6 +7,8 @@ RUN ?=
 # Sequences of 512 tokens that `make capture` takes from each mix.
 CALIBRATION ?= 256
 TEST ?= 64
+# Sequences of 512 tokens that `make recommend` takes: three quarters calibrate, one is held out.
+SEQUENCES ?= 32
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
@@ -31,7 +33,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test lab lint linkcheck models capture benchmark recapture clean
+.PHONY: help book test lab lint linkcheck models capture recommend benchmark recapture clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
@@ -65,6 +67,10 @@ capture: .venv/.book ## Capture statistics: MODEL=path-or-id DATASET=mix[,mix] R
 		{ echo 'usage: make capture MODEL=path-or-id DATASET=mix RUN=name' >&2; exit 2; }
 	$(BIN)/python -m studies.runs.capture_run --model "$(MODEL)" --dataset "$(DATASET)" --run "$(RUN)" \
 		--calibration $(CALIBRATION) --test $(TEST)
+
+recommend: .venv/.book $(if $(filter-out smollm2,$(MODEL)),,models/downloaded/.asked) ## What to set for a model: MODEL=name, folder or id [DATASET=mix or folder RUN=name]
+	@$(BIN)/python -m studies.report $(if $(MODEL),--model "$(MODEL)") $(if $(DATASET),--dataset "$(DATASET)") \
+		$(if $(RUN),--run "$(RUN)") --sequences $(SEQUENCES)
 
 recapture: .venv/.book ## Capture what results/ holds again, into build/results: needs models, corpora and a CUDA GPU
 	$(BIN)/python -m studies.runs.recapture --out build/results
@@ -102,6 +108,7 @@ models/downloaded/.asked: .venv/.book
 # A page also depends on its own module in studies/pages, and the first page on those of the answers.
 .SECONDEXPANSION:
 $(EXECUTED)/capture.ipynb $(EXECUTED)/models.ipynb: models/downloaded/.asked
+$(EXECUTED)/your_model.ipynb: $(wildcard studies/report/*)
 $(EXECUTED)/index.ipynb: $(wildcard studies/pages/q?_*.py) studies/pages/what_to_set.py
 $(EXECUTED)/%.ipynb: notebooks/%.ipynb scripts/execute_notebook.py $(CODE) $$(wildcard studies/pages/$$*.py) \
 		$(DATA) .venv/.book

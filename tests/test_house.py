@@ -32,6 +32,7 @@ ORDER = (
     "studies.data",
     "studies.runs",
     "studies.pages",
+    "studies.report",
     "notebooks",
 )
 SHARED_PAGES = {"block_shapes", "loss_tables", "plots", "regimes", "snr_tables", "tails"}

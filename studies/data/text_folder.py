@@ -36,7 +36,9 @@ def text_files(folder: Path) -> list[Path]:
     Raises ``FileNotFoundError`` if there is no such folder, or no such file in it.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}; expected a folder with {', '.join(SUFFIXES)} files.")
+        raise FileNotFoundError(
+            f"no folder {folder}; expected a folder with {', '.join(SUFFIXES)} files."
+        )
     found = [p for p in folder.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)]
     if not found:
         raise FileNotFoundError(
@@ -53,7 +55,10 @@ def origin_of(folder: Path) -> dict[str, str | int]:
     """How many files there are, and a hash of their names and sizes."""
     files = text_files(folder)
     listing = sorted(f"{p.relative_to(folder).as_posix()} {p.stat().st_size}" for p in files)
-    return {"files": len(files), "listing_sha256": hashlib.sha256("\n".join(listing).encode()).hexdigest()}
+    return {
+        "files": len(files),
+        "listing_sha256": hashlib.sha256("\n".join(listing).encode()).hexdigest(),
+    }
 
 
 def text_records(folder: Path) -> Iterator[dict]:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ class ReportSettings:
     def __post_init__(self) -> None:
         if not 1 <= len(self.datasets) <= 2 or len(set(self.datasets)) < len(self.datasets):
             raise ValueError(
-                f"DATASET names {list(self.datasets)}; expected one mix or folder, or two different ones "
-                "separated by a comma: the first calibrates, the second is foreign text."
+                f"DATASET names {list(self.datasets)}; expected one mix or folder, or two different ones"
+                " separated by a comma: the first calibrates, the second is foreign text."
             )
         if self.sequences < 2 * HELD_OUT or self.length < 32:
             raise ValueError(
@@ -68,7 +69,9 @@ class ReportSettings:
     @property
     def run(self) -> str:
         """The name of a run that was given none."""
-        parts = [re.sub(r"\W+", "-", Path(part).name).strip("-") for part in (self.model, *self.datasets)]
+        parts = [
+            re.sub(r"\W+", "-", Path(part).name).strip("-") for part in (self.model, *self.datasets)
+        ]
         return "-".join(filter(None, parts)).lower()
 
 
@@ -84,8 +87,8 @@ class Parts:
             if changed:
                 told = "; ".join(f"{k} was {old.get(k)}, is {made_with.get(k)}" for k in changed[:3])
                 raise ValueError(
-                    f"{folder} was made with other settings: {told}. Expected the same. Take another RUN, "
-                    "or delete the folder to measure again."
+                    f"{folder} was made with other settings: {told}. Expected the same. Take another"
+                    " RUN, or delete the folder to measure again."
                 )
         folder.mkdir(parents=True, exist_ok=True)
         write_json(made_with, file)
@@ -124,77 +127,105 @@ def make_report(settings: ReportSettings, folder: Path) -> dict:
     Raises ``ValueError`` if the folder was made with other settings, texts, code, versions or device.
     """
     source = Path(models.resolve(settings.model))
+    known = models.MODELS.get(settings.model)
     model, tokenizer = models.load(settings.model)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    kinds, uncovered = coverage(model)
+    wanted, readers, uncovered = coverage(model)
     begin = models.begins_with(tokenizer)
     own, *other = (
-        read_text(name, tokenizer, calibration=settings.sequences - settings.held_out,
-                  held_out=settings.held_out, length=settings.length, begin=begin)
+        read_text(
+            name,
+            tokenizer,
+            calibration=settings.sequences - settings.held_out,
+            held_out=settings.held_out,
+            length=settings.length,
+            begin=begin,
+        )
         for name in settings.datasets
-    )  # fmt: skip
+    )
     made = provenance(**asdict(settings))
-    parts = Parts(folder / "parts", {
-        "model": sha256_of(source) if source.exists() else settings.model,
-        "code": made["source_sha256"], "report code": code_sha256(),
-        "texts": hashlib.sha256(json.dumps([t.provenance for t in (own, *other)], sort_keys=True)
-                                .encode()).hexdigest(),
-        "settings": json.loads(json.dumps(asdict(settings))), "versions": made["versions"],
-        "device": made["device"],
-    })  # fmt: skip
+    parts = Parts(
+        folder / "parts",
+        {
+            "model": sha256_of(source) if source.exists() else settings.model,
+            "code": made["source_sha256"],
+            "report code": code_sha256(),
+            "texts": (
+                hashlib.sha256(
+                    json.dumps([t.provenance for t in (own, *other)], sort_keys=True).encode()
+                ).hexdigest()
+            ),
+            "settings": json.loads(json.dumps(asdict(settings))),
+            "versions": made["versions"],
+            "device": made["device"],
+        },
+    )
     forward_s = parts.get("forward", lambda: forward_seconds(model, own.calibration))
     calibrated = parts.get(
-        "calibration", lambda: measure.calibration_stage(model, tokenizer, own.calibration, kinds)
+        "calibration", lambda: measure.calibration_stage(model, tokenizer, own.calibration, wanted)
     )
     amaxes = {site: of["calibrated_amax"] for site, of in calibrated.items()}
-    pools = [
-        parts.get(name, lambda tokens=text.test, name=name: measure.scoring_stage(
-            model, tokens, kinds, amaxes, name))
-        for name, text in zip(("held out", "foreign"), (own, *other), strict=False)
-    ]  # fmt: skip
+    pools = []
+    for name, text in zip(("held out", "foreign"), (own, *other), strict=False):
+        score = partial(measure.scoring_stage, model, text.test, wanted, amaxes, name)
+        pools.append(parts.get(name, score))
     policy, why, exceptions = verdict.choose(verdict.worst_losses(calibrated, pools))
     scales = verdict.scales_of(calibrated, policy, exceptions)
     chosen = {site: amax for site, (_, amax) in scales.items()}
     plain = {site: amaxes[site]["amax"] or chosen[site] for site in chosen}
     wide = any(of["block_amax"] and wide_octaves(of) < 0 for of in calibrated.values())
-    evaluation = parts.get("evaluation", lambda: evaluation_stage(
-        model, own.test, {"recommended": chosen, "amax": plain}, forward_s, settings.sequences, wide))  # fmt: skip
+    evaluation = parts.get(
+        "evaluation",
+        lambda: evaluation_stage(
+            model, own.test, {"recommended": chosen, "amax": plain}, forward_s, settings.sequences, wide
+        ),
+    )
     overruled = verdict.by_kl(evaluation, policy)
     if overruled:
         policy, why, exceptions = "amax", overruled, []
         scales = verdict.scales_of(calibrated, policy, exceptions)
     held_out, foreign = pools[0], pools[1] if other else {}
     sites = {
-        site: verdict.site_entry(site, calibrated[site], held_out[site], foreign.get(site), scales[site])
+        site: verdict.site_entry(
+            site, calibrated[site], held_out[site], foreign.get(site), scales[site], readers[site]
+        )
         for site in calibrated
     }
     report: dict[str, Any] = {
         "format": schema.FORMAT,
         "model": {
-            "name": settings.model,
+            "name": known.title if known else source.name if source.exists() else settings.model,
             "source": str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "kinds": list(kinds), "uncovered": uncovered,
+            "kinds": list(dict.fromkeys(site["kind"] for site in sites.values())),
+            "uncovered": uncovered,
         },
         "text": {
-            "calibration": settings.datasets[0], "default": settings.datasets[0] == EMBEDDED_MIX,
-            "calibration_sequences": len(own.calibration), "held_out_sequences": len(own.test),
-            "length": settings.length, "foreign": settings.datasets[1] if other else None,
+            "calibration": settings.datasets[0],
+            "default": settings.datasets[0] == EMBEDDED_MIX,
+            "calibration_sequences": len(own.calibration),
+            "held_out_sequences": len(own.test),
+            "length": settings.length,
+            "foreign": settings.datasets[1] if other else None,
             "foreign_sequences": len(other[0].test) if other else 0,
         },
         "recommendation": {
-            "policy": policy, "formula": verdict.FORMULAS[policy], "why": why, "exceptions": exceptions,
+            "policy": policy,
+            "formula": verdict.FORMULAS[policy],
+            "why": why,
+            "exceptions": exceptions,
             "loss_db": verdict.mean_loss(held_out, {s: name for s, (name, _) in scales.items()}),
             "loss_db_amax": verdict.mean_loss(held_out, dict.fromkeys(scales, "amax")),
-            "attention": sum(any(f["severity"] == "attention" for f in s["findings"])
-                             for s in sites.values()),
+            "attention": sum(
+                any(f["severity"] == "attention" for f in s["findings"]) for s in sites.values()
+            ),
         },
         "evaluation": evaluation,
         "rules": {name: asdict(rule) for name, rule in RULES.items()},
         "sites": dict(sorted(sites.items(), key=verdict.urgency)),
         "seconds": parts.seconds() | {"forward": forward_s * settings.sequences},
         "provenance": made | {"texts": [t.provenance for t in (own, *other)]},
-    }  # fmt: skip
+    }
     report["findings"] = verdict.model_findings(report)
     report["recommendation"]["doubts"] = verdict.doubts(report)
     report = schema.check(schema.plain(report))
@@ -211,7 +242,9 @@ def code_sha256() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m studies.report", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.report", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--model", default="smollm2", help="name, folder or hub id")
     parser.add_argument("--dataset", default=EMBEDDED_MIX, help="mix or folder of text[,second one]")
     parser.add_argument("--run", default="", help="name under runs/")

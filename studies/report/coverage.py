@@ -4,27 +4,43 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from nvfp4_utils.hooks import SITES, find_sites
 from studies.runs.quantized import site_of
 
+Sites = tuple[str, ...]  # as ``capture`` and ``hooked`` take them
 
-def coverage(model: nn.Module) -> tuple[tuple[str, ...], list[str]]:
-    """The kinds of site that the model has, and the names of what no measured site feeds.
 
-    The second holds every ``nn.Linear`` but the head and every parameter of three dimensions, which is
-    how fused experts are stored.
+def kind_of(label: str) -> str:
+    """``layers.3.mlp_input`` -> ``mlp_input``."""
+    return label.rpartition(".")[2]
+
+
+def layer_of(label: str) -> int | None:
+    """``layers.3.mlp_input`` -> 3; None outside the layers."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", label)
+    return int(found[1]) if found else None
+
+
+def coverage(model: nn.Module) -> tuple[Sites, dict[str, list[str]], list[str]]:
+    """What to capture of a model, the linears that read each site, and what no measured site feeds.
+
+    The last holds the names of every ``nn.Linear`` but the head and of every parameter of three
+    dimensions, which is how fused experts are stored, that are not among the second.
 
     Raises
     ------
     ValueError
         If the model has no site that is known at all.
     """
-    kinds, labels = [], set()
+    kinds: list[str] = []
+    readers: dict[str, list[str]] = {}
     for kind in SITES:
         try:
-            labels |= set(find_sites(model, [kind]))
+            readers |= {label: [] for label in find_sites(model, [kind])}
         except ValueError:
             continue
         kinds.append(kind)
@@ -38,12 +54,15 @@ def coverage(model: nn.Module) -> tuple[tuple[str, ...], list[str]]:
     left = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
-            try:
-                known = site_of(name) in labels
-            except ValueError:
-                known = False
-            left += [] if known else [name]
+            readers.get(_site_or_none(name) or "", left).append(name)
         elif not isinstance(module, nn.Conv1d):
             own = module.named_parameters(prefix=name, recurse=False)
             left += [path for path, parameter in own if parameter.ndim == 3]
-    return tuple(kinds), left
+    return tuple(kinds), readers, left
+
+
+def _site_or_none(linear: str) -> str | None:
+    try:
+        return site_of(linear)
+    except ValueError:
+        return None

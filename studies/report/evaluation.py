@@ -42,7 +42,8 @@ def evaluation_stage(
         ]
     else:
         skipped.append(
-            f"weights were not quantized: a copy takes {weights / 2**30:.1f} GiB, over half of what is free"
+            f"weights were not quantized: a copy takes {weights / 2**30:.1f} GiB, over half of what is"
+            " free"
         )
     if wide:
         settings.append(Setting("", "", "A per token", rule=PER_TOKEN))
@@ -51,8 +52,13 @@ def evaluation_stage(
     each = forward_s * (1 + COST * len(settings))
     count = min(int(budget / each), len(tokens), MOST_SEQUENCES)
     if count < 1:
-        return {"skipped": [f"the model was not evaluated: a sequence under {len(settings)} settings takes "
-                            f"about {each:.0f} s, the budget is {budget:.0f} s"], "kl": {}}  # fmt: skip
+        return {
+            "skipped": [
+                f"the model was not evaluated: a sequence under {len(settings)} settings takes "
+                f"about {each:.0f} s, the budget is {budget:.0f} s"
+            ],
+            "kl": {},
+        }
     found = evaluate(model, tokens[:count].long(), settings, batch=4)
     names = [s.policy for s in settings]
     return {

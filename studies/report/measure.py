@@ -15,21 +15,21 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm import tqdm
 
 from nvfp4_utils import policies
+from nvfp4_utils.histogram import codes_to_values
 from nvfp4_utils.hooks import capture, hooked
 from nvfp4_utils.quantize import UNDERFLOWS, Underflow, input_scale_from_amax
-from nvfp4_utils.histogram import codes_to_values
 from nvfp4_utils.statistics import ActivationStatistics, SiteStatistics
 from studies.runs.scoring import block_shares
 from studies.runs.subsets import NEAR, doublings, seen_law
 from studies.runs.token_amaxes import TokenAmaxes
 
-BATCH = 4  # sequences per forward on a CPU; a GPU takes more at once
-BATCH_ON_GPU = 16
+from .coverage import Sites
+
+BATCH = {"cpu": 4, "cuda": 16}  # sequences per forward
 # Policies with one scale and no search: a search on the calibration pool (mse, aligned) costs as much as
 # all else together, and what it gains is within noise wherever the book has measured it.
 COMPARED = tuple(
@@ -37,25 +37,30 @@ COMPARED = tuple(
     for name in policies.CALIBRATED
     if policies.POLICIES[name].one_scale and name not in ("mse", "aligned")
 )
-CANDIDATES = ("raised", "amax", "raised-all", "headroom-amax")  # that clip nothing seen; first: the default
+CANDIDATES = (
+    "raised",
+    "amax",
+    "raised-all",
+    "headroom-amax",
+)  # that clip nothing seen; first: the default
 CURVE_OCTAVES = (*np.arange(-4, 0, 0.5).tolist(), *range(0, 23))  # from the held-out amax
+EXACT_DB = 150.0  # stands for the SNR of what is represented without error
 Site = dict[str, Any]
 
 
 def batches(model, tokens: torch.Tensor):
     """The sequences as int64 batches."""
-    size = BATCH_ON_GPU if next(model.parameters()).is_cuda else BATCH
-    return tokens.long().split(size)
+    return tokens.long().split(BATCH[next(model.parameters()).device.type])
 
 
 def captured(
-    model, tokens: torch.Tensor, kinds: tuple[str, ...], group_size: int, callbacks=()
+    model, tokens: torch.Tensor, wanted: Sites, group_size: int, callbacks=()
 ) -> dict[str, SiteStatistics]:
     """Statistics of every site, with other callbacks fed by the same forward passes."""
     with ExitStack() as stack:
         for callback in callbacks:
-            stack.enter_context(hooked(model, kinds, callback))
-        return capture(model, batches(model, tokens), kinds, group_size=group_size)
+            stack.enter_context(hooked(model, wanted, callback))
+        return capture(model, batches(model, tokens), wanted, group_size=group_size)
 
 
 def each(function: Callable[[str], Any], sites: list[str], what: str) -> dict[str, Any]:
@@ -69,24 +74,30 @@ def each(function: Callable[[str], Any], sites: list[str], what: str) -> dict[st
 # ---------------------------------------------------------------------------------- calibration
 
 
-def calibration_stage(model, tokenizer, tokens: torch.Tensor, kinds: tuple[str, ...]) -> dict[str, Site]:
+def calibration_stage(model, tokenizer, tokens: torch.Tensor, wanted: Sites) -> dict[str, Site]:
     """What the calibration pool says of every site; nothing of the held-out pool is seen."""
     largest = TokenAmaxes()
-    sites = captured(model, tokens, kinds, len(tokens), [largest.count])
-    table = largest.table(tokens, tokenizer)
-    by_site = {str(site): rows for site, rows in table.groupby("site", sort=False)}
+    rows: dict[str, int] = {}  # of a sequence: several per token within fused experts
+
+    def count(site: str, x: torch.Tensor) -> None:
+        if x.ndim == 3:  # else an expert's share of the tokens, whose sequences are not known
+            rows[site] = x.shape[1]
+            largest.count(site, x)
+
+    sites = captured(model, tokens, wanted, len(tokens), [count])
 
     def describe(site: str) -> Site:
-        return describe_pool(sites[site], by_site[site])
+        found = describe_pool(sites[site])
+        if found["amax"] > 0 and site in rows:
+            at = torch.cat(largest.parts[site], dim=1).cpu().numpy()
+            found["massive"] = massive(at, tokens, rows[site] // tokens.shape[1], tokenizer)
+        return found
 
     return each(describe, list(sites), "calibrate")
 
 
-def describe_pool(statistics: SiteStatistics, largest: pd.DataFrame) -> Site:
-    """One site's calibration: amaxes of policies, block amaxes, largest tokens, growth with sequences.
-
-    ``largest``: the site's rows of ``TokenAmaxes.table``.
-    """
+def describe_pool(statistics: SiteStatistics) -> Site:
+    """One site's calibration: amaxes of policies, block amaxes, growth with the number of sequences."""
     total = statistics.total
     m = total.marginals
     found: Site = {
@@ -111,7 +122,6 @@ def describe_pool(statistics: SiteStatistics, largest: pd.DataFrame) -> Site:
         "p99.99": m.block_amax_percentile(99.99, above=0.0),
         "amax": m.amax,
     }
-    found["massive"] = massive(largest)
     found["growth"] = growth(statistics.sequence_amax.numpy())
     return found
 
@@ -128,24 +138,31 @@ def calibrated_amaxes(total: ActivationStatistics) -> dict[str, float | None]:
     return found
 
 
-def massive(largest: pd.DataFrame) -> Site:
-    """The largest token beside the others: ``over_token`` is the amax over the median token's."""
-    top = largest.loc[largest.amax.idxmax()]
-    typical = float(largest.median_amax.median())
+def massive(at: np.ndarray, tokens: torch.Tensor, rows: int, tokenizer) -> Site:
+    """The largest token beside the others: ``over_token`` is the amax over the median token's.
+
+    ``at``: what ``TokenAmaxes`` keeps, a column per sequence; ``rows``: of the activation, per token.
+    """
+    amax, position, channel, _, median, _ = at
+    top, typical = int(amax.argmax()), float(np.median(median))
+    token = int(tokens[top, int(position[top]) // rows])
     return {
-        "over_token": float(top.amax) / typical if typical > 0 else None,
-        "at_position_0": float((largest.position == 0).mean()),
-        "token": str(top.token),
-        "channel": int(top.channel),
+        "over_token": float(amax[top]) / typical if typical > 0 else None,
+        "at_position_0": float((position // rows == 0).mean()),
+        "token": str(tokenizer.convert_ids_to_tokens([token])[0]),
+        "channel": int(channel[top]),
     }
 
 
-def growth(amaxes: np.ndarray) -> Site:
-    """Expected share of the pool's amax in ``n`` of its sequences, exactly, and the first n that is enough.
+def growth(amaxes: np.ndarray) -> Site | None:
+    """Expected share of the pool's amax in ``n`` of its sequences, exactly, and the first that will do.
 
     ``enough_at``: the smallest n of 1, 2, 4, ... with an expected share of at least ``NEAR``. Only half
-    of the pool and less can say that more is not needed; else None.
+    of the pool and less can say that more is not needed; else None. None for all of it where sequences
+    are not told apart.
     """
+    if not np.isfinite(amaxes).all():
+        return None
     law = seen_law(amaxes, doublings(len(amaxes)))
     enough = law.n[(law.share >= NEAR) & (2 * law.n <= len(amaxes))]
     return {
@@ -157,10 +174,8 @@ def growth(amaxes: np.ndarray) -> Site:
 
 def experts_of(statistics: SiteStatistics) -> Site | None:
     """Tokens and amax of each expert where capture has told them apart, else None."""
-    tokens = getattr(statistics, "expert_tokens", None)
-    if tokens is None:
-        return None
-    return {"tokens": tokens.tolist(), "amax": statistics.expert_amax.tolist()}  # type: ignore[attr-defined]
+    tokens, amax = (getattr(statistics, f"expert_{name}", None) for name in ("tokens", "amax"))
+    return None if tokens is None or amax is None else {"tokens": tokens.tolist(), "amax": amax.tolist()}
 
 
 # ------------------------------------------------------------------------------------- scoring
@@ -169,10 +184,10 @@ Amaxes = Mapping[str, float | None]
 
 
 def scoring_stage(
-    model, tokens: torch.Tensor, kinds: tuple[str, ...], calibrated: Mapping[str, Amaxes], what: str
+    model, tokens: torch.Tensor, wanted: Sites, calibrated: Mapping[str, Amaxes], what: str
 ) -> dict[str, Site]:
     """Every site's scales on sequences that they were not calibrated on."""
-    sites = captured(model, tokens, kinds, 1)
+    sites = captured(model, tokens, wanted, 1)
 
     def score(site: str) -> Site:
         return score_site(sites[site], calibrated[site])
@@ -188,10 +203,19 @@ def score_site(statistics: SiteStatistics, calibrated: Amaxes) -> Site:
     total = statistics.total
     amax = total.amax
     if not amax > 0:
-        return {"amax": amax, "room_octaves": None, "policies": {}, "oracle": None, "curve": None,
-                "groups": None}  # fmt: skip
+        return {
+            "amax": amax,
+            "room_octaves": None,
+            "policies": {},
+            "oracle": None,
+            "curve": None,
+            "groups": None,
+        }
     room = policies.room(total)
-    oracle = {u: policies.oracle(total, u) for u in UNDERFLOWS}
+    oracle: dict[Underflow, float] = {"flush": policies.oracle(total, "flush")}
+    # Where no block underflows at the best scale the conventions agree on it: floor needs no search.
+    apart = block_shares(total.marginals, np.array([oracle["flush"]]))["underflow"][0] > 0
+    oracle["floor"] = policies.oracle(total, "floor") if apart else oracle["flush"]
     names = [name for name, value in calibrated.items() if value is not None]
     curve = [amax * 2.0**k for k in CURVE_OCTAVES]
     menu = np.array([calibrated[n] for n in names] + list(oracle.values()) + curve, dtype=float)
@@ -225,10 +249,13 @@ def score_site(statistics: SiteStatistics, calibrated: Amaxes) -> Site:
         "room_octaves": room,
         "policies": found,
         "oracle": {
-            u: {"calibrated_amax": oracle[u]} | entry(len(names) + i, u) for i, u in enumerate(UNDERFLOWS)
+            u: {"calibrated_amax": oracle[u]} | entry(len(names) + i, u)
+            for i, u in enumerate(UNDERFLOWS)
         },
-        "curve": {"octaves": list(CURVE_OCTAVES)}
-        | {u: {name: v[ends[-1] :].tolist() for name, v in numbers[u].items()} for u in UNDERFLOWS},
+        "curve": (
+            {"octaves": list(CURVE_OCTAVES)}
+            | {u: {name: v[ends[-1] :].tolist() for name, v in numbers[u].items()} for u in UNDERFLOWS}
+        ),
         "groups": group_sums(statistics, kept, scales),
     }
 
@@ -236,8 +263,8 @@ def score_site(statistics: SiteStatistics, calibrated: Amaxes) -> Site:
 def _numbers(total, amaxes: np.ndarray, underflow: Underflow) -> dict[str, np.ndarray]:
     scales = input_scale_from_amax(amaxes)
     return {
-        "snr_db": total.snr_db(scales, underflow),
-        "block_snr_db": total.block_snr_db(scales, underflow),
+        "snr_db": np.minimum(total.snr_db(scales, underflow), EXACT_DB),
+        "block_snr_db": np.minimum(total.block_snr_db(scales, underflow), EXACT_DB),
     }
 
 

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The NVFP4 Calibration Book authors
-"""Tables and figures of a report's page."""
+"""What a report's page displays: first screen, figures, and tables with their captions."""
 
 from __future__ import annotations
 
 import html
-import itertools
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 
 from studies.pages import plots
 
+from . import tables
 from .rules import FACTOR, HARMLESS_DB
 from .verdict import policy_means
 from .words import (
@@ -23,8 +22,6 @@ from .words import (
     with_interval,
     worst_site,
 )
-
-SEVERITY = {"attention": "needs attention", "note": "note"}
 
 
 def first_screen(report: dict) -> None:
@@ -47,75 +44,9 @@ def first_screen(report: dict) -> None:
     )
 
 
-def findings_table(report: dict) -> pd.DataFrame:
-    """The findings of the whole model: severity, what was seen, the rule, the advice."""
-    rows = [
-        {"": SEVERITY[f["severity"]], "seen": f["text"], "rule": f"{f['rule']}: {report['rules'][f['rule']]['text']}",
-         "what to do": f["advice"]}
-        for f in report["findings"]
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["", "seen", "rule", "what to do"]).set_index("")
-
-
-def policy_table(report: dict) -> pd.DataFrame:
-    """Policies: octaves above amax, loss (mean, worst site), saturated and flushed (worst), by convention."""
-    sites = [s for s in report["sites"].values() if s["policies"]]
-    rows = {}
-    for name in policy_means(report["sites"]):
-        of = [s["policies"][name] for s in sites if name in s["policies"]]
-        above = [np.log2(s["calibrated_amax"][name] / s["amax"]) for s in sites if name in s["policies"]]
-        flush = [p["flush"]["loss_db"] for p in of]
-        rows[name] = {
-            "octaves above amax": np.median(above), "mean loss (dB)": np.mean(flush),
-            "worst (dB)": max(flush), "worst, floor (dB)": max(p["floor"]["loss_db"] for p in of),
-            "saturated, worst (%)": 100 * max(p["saturated"] for p in of),
-            "flushed, worst (%)": 100 * max(p["flushed"] for p in of), "sites": len(of),
-        }  # fmt: skip
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def site_table(report: dict) -> pd.DataFrame:
-    """Every site, worst first: what to set, its loss beside amax's, slack, shares, findings."""
-    rows = {}
-    for label, s in report["sites"].items():
-        own = s["policies"].get(s["policy"])
-        rows[label] = {
-            "findings": ", ".join(f["rule"].upper() if f["severity"] == "attention" else f["rule"]
-                                  for f in s["findings"]) or "–",
-            "policy": s["policy"], "input_scale": f"{s['input_scale']:.4g}",
-            "loss (dB)": with_interval(s["loss_db"]).replace(" dB", ""),
-            "amax's": _number(s["loss_db_amax"] and s["loss_db_amax"]["value"], ".2f"),
-            "floor": _number(own and own["floor"]["loss_db"], ".2f"),
-            "SNR (dB)": _number(own and own["flush"]["snr_db"], ".1f"),
-            "to saturation": _number(s["slack_low_octaves"], "+.1f"),
-            "to underflow": _number(s["slack_high_octaves"], "+.1f"),
-            "saturated %": _number(own and 100 * own["saturated"], ".3g"),
-            "subnormal %": _number(own and 100 * own["subnormal"], ".3g"),
-            "flushed %": _number(own and 100 * own["flushed"], ".3g"),
-            "enough at": s["growth"] and (s["growth"]["enough_at"] or "more") or "–",
-        }  # fmt: skip
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def _number(value: float | None, style: str) -> str:
-    return "–" if value is None else f"{value:{style}}"
-
-
-def site_findings_table(report: dict, label: str) -> pd.DataFrame:
-    """The findings of one site."""
-    rows = [
-        {"": SEVERITY[f["severity"]], "seen": f["text"], "rule": report["rules"][f["rule"]]["text"],
-         "what to do": f["advice"]}
-        for f in report["sites"][label]["findings"]
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["", "seen", "rule", "what to do"]).set_index("")
-
-
 def drawn_sites(report: dict, most: int) -> list[str]:
-    """Sites that get a figure: those that want attention, else the worst one."""
-    with_curve = [s for s in wanting_attention(report) if report["sites"][s]["curve"]]
-    fallback = [s for s in report["sites"] if report["sites"][s]["curve"]][:1]
-    return with_curve[:most] or fallback
+    """The first sites that want attention; without any, the first site."""
+    return wanting_attention(report)[:most] or list(report["sites"])[:1]
 
 
 def not_drawn(report: dict, most: int) -> str:
@@ -143,20 +74,37 @@ def site_figure(site: dict) -> plt.Figure:
     """Loss against the scale with every policy's place, and the amax against the number of sequences."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.8), width_ratios=[5, 2])
     octaves = np.array(site["curve"]["octaves"])
-    top = max(3.0, *(p["flush"]["loss_db"] for p in site["policies"].values()
-                     if p["flush"]["loss_db"] is not None))  # fmt: skip
+    top = max(
+        3.0,
+        *(p["flush"]["loss_db"] for p in site["policies"].values() if p["flush"]["loss_db"] is not None),
+    )
     room = site["held_out_room_octaves"]
     left.axvspan(octaves[0], 0, color=plots.REGIME_COLORS["saturated"], lw=0)
     left.axvspan(max(room, 0), octaves[-1], color=plots.REGIME_COLORS["subnormal"], lw=0)
     for underflow, style in plots.UNDERFLOW_STYLE.items():
-        left.plot(octaves, losses_of_curve(site, underflow), color=style.color, ls=style.linestyle, lw=1,
-                  label=style.label)  # fmt: skip
+        left.plot(
+            octaves,
+            losses_of_curve(site, underflow),
+            color=style.color,
+            ls=style.linestyle,
+            lw=1,
+            label=style.label,
+        )
     for name, policy in site["policies"].items():
         style = plots.POLICY_STYLE[name]
         x, y = policy["slack_low_octaves"], policy["flush"]["loss_db"]
         if y is not None:
-            left.plot(x, y, style.marker, color=style.color, mec="k", mew=0.5, ms=8, ls="",
-                      label=f"{style.label} {y:.2f}")  # fmt: skip
+            left.plot(
+                x,
+                y,
+                style.marker,
+                color=style.color,
+                mec="k",
+                mew=0.5,
+                ms=8,
+                ls="",
+                label=f"{style.label} {y:.2f}",
+            )
     left.axvline(np.log2(site["recommended_amax"] / site["held_out_amax"]), color="k", lw=1, ls=":")
     left.set_xlim(octaves[0], octaves[-1])
     left.set_ylim(-0.04 * min(top, 25), 1.08 * min(top, 25))
@@ -175,26 +123,45 @@ def site_figure(site: dict) -> plt.Figure:
     return fig
 
 
+def show_sites(report: dict, most: int) -> None:
+    """Display the sites that want attention, ``most`` of them; without any, the one that loses most."""
+    if not wanting_attention(report):
+        plots.prose("No site needs attention. The first of the table:")
+    for label in drawn_sites(report, most):
+        show_site(report, label)
+    plots.prose(not_drawn(report, most))
+
+
 def show_site(report: dict, label: str) -> None:
     """Display one site: its findings and its figure."""
     site = report["sites"][label]
     plots.prose(f"### {label}")
     if site["findings"]:
-        plots.table(site_findings_table(report, label), caption=_amaxes(site), wrap=True)
-    loss, low, high = with_interval(site["loss_db"]), site["slack_low_octaves"], site["slack_high_octaves"]
+        plots.table(tables.site_findings_table(report, label), caption=_amaxes(site), wrap=True)
+    if not site["curve"]:
+        plots.prose("All of its held-out values are zero: there is no error to draw.")
+        return
+    loss, low, high = (
+        with_interval(site["loss_db"]),
+        site["slack_low_octaves"],
+        site["slack_high_octaves"],
+    )
     place = "" if low is None else f", {low:+.1f} octaves from saturation and {high:+.1f} from underflow"
     growth = site["growth"]
     enough = "no number of sequences was enough"
     if growth and growth["enough_at"]:
         enough = f"enough at {growth['enough_at']}"
     caption = (
-        f"{label}: the recommended scale (dotted) loses {loss} to the best one{place}. Left: the larger of "
-        "the losses of SNR and of block SNR on held-out text; shaded: saturation, and underflow, where "
-        "blocks notice. Right: the expected share of the pool's amax in n of its sequences; dotted: 90 %, "
-        f"{enough}."
+        f"{label}: the recommended scale (dotted) loses {loss} to the best one{place}. Left: the larger"
+        " of the losses of SNR and of block SNR on held-out text; shaded: saturation, and underflow,"
+        " where blocks notice. Right: the expected share of the pool's amax in n of its sequences;"
+        f" dotted: 90 %, {enough}."
     )
-    plots.show(site_figure(site), caption=caption,
-               alt=f"Loss against the scale at {label}: {loss} at the recommended scale{place}.")  # fmt: skip
+    plots.show(
+        site_figure(site),
+        caption=caption,
+        alt=f"Loss against the scale at {label}: {loss} at the recommended scale{place}.",
+    )
 
 
 def _amaxes(site: dict) -> str:
@@ -211,85 +178,34 @@ def overview_figure(report: dict) -> plt.Figure:
         layers = [s["layer"] for s in sites] if all(s["layer"] is not None for s in sites) else None
         x = layers if layers else list(range(len(sites)))
         amax = plots.POLICY_STYLE["amax"]
-        ax.plot(x, [(s["loss_db_amax"] or s["loss_db"])["value"] for s in sites], amax.marker, ms=4, ls="",
-                color=amax.color, label="amax", mfc="none")  # fmt: skip
+        ax.plot(
+            x,
+            [(s["loss_db_amax"] or s["loss_db"])["value"] for s in sites],
+            amax.marker,
+            ms=4,
+            ls="",
+            color=amax.color,
+            label="amax",
+            mfc="none",
+        )
         style = plots.POLICY_STYLE[report["recommendation"]["policy"]]
         value, low, high = (np.array([s["loss_db"][k] for s in sites]) for k in ("value", "low", "high"))
-        ax.errorbar(x, value, yerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)], fmt=style.marker, ms=4,
-                    color=style.color, lw=1, label="recommended")  # fmt: skip
+        ax.errorbar(
+            x,
+            value,
+            yerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)],
+            fmt=style.marker,
+            ms=4,
+            color=style.color,
+            lw=1,
+            label="recommended",
+        )
         ax.axhline(HARMLESS_DB, color="k", lw=0.8, ls=":")
         ax.set_title(kind, fontsize=10)
         ax.set_xlabel("layer")
     axes.flat[0].set_ylabel("loss to the best scale (dB)")
     axes.flat[0].legend(fontsize=8)
     return fig
-
-
-def evaluation_table(report: dict) -> pd.DataFrame:
-    """The model itself: KL, NLL and agreement by setting, means over the sequences, and KL's range."""
-    of = report["evaluation"]
-    rows = {
-        name: {
-            "KL (nats)": np.mean(values), "least": min(values), "most": max(values),
-            "NLL (nats)": np.mean(of["nll"][name]), "same top token (%)": 100 * np.mean(of["top1"][name]),
-        }
-        for name, values in of["kl"].items()
-    }  # fmt: skip
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def massive_table(report: dict) -> pd.DataFrame:
-    """Sites whose amax is massive: over the median token's, where it stands, in which channel."""
-    rows = {
-        label: {"amax": s["amax"], "over the median token's": s["massive"]["over_token"],
-                "at position 0 (%)": 100 * s["massive"]["at_position_0"], "token": s["massive"]["token"],
-                "channel": s["massive"]["channel"]}
-        for label, s in report["sites"].items()
-        if s["massive"] and (s["massive"]["over_token"] or 0) >= FACTOR
-    }  # fmt: skip
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def growth_table(report: dict) -> pd.DataFrame:
-    """By kind of site: expected share of the pool's amax in n sequences, the least over the sites."""
-    shares: dict[str, list] = {}
-    for site in report["sites"].values():
-        if site["growth"]:
-            shares.setdefault(site["kind"], []).append(site["growth"])
-    rows = {}
-    for kind, laws in shares.items():
-        least = np.min([law["share"] for law in laws], axis=0)
-        enough = [law["enough_at"] for law in laws]
-        rows[kind] = dict(zip(map(str, laws[0]["sequences"]), least, strict=True))
-        rows[kind]["enough at"] = max((n for n in enough if n), default=0) if all(enough) else "more"
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def foreign_table(report: dict) -> pd.DataFrame:
-    """Loss on the second text: the recommendation and amax, by kind of site, mean and worst."""
-    rows: dict[str, dict[str, list]] = {}
-    for site in report["sites"].values():
-        policies = (site["foreign"] or {}).get("policies", {})
-        for what, name in (("recommended", site["policy"]), ("amax", "amax")):
-            if name in policies:
-                rows.setdefault(site["kind"], {}).setdefault(what, []).append(policies[name]["flush"]["loss_db"])
-    table = {
-        kind: dict(itertools.chain.from_iterable(
-            ((f"{what}, mean (dB)", np.mean(v)), (f"{what}, worst (dB)", max(v))) for what, v in of.items()))
-        for kind, of in rows.items()
-    }  # fmt: skip
-    return pd.DataFrame.from_dict(table, orient="index")
-
-
-def rules_table(report: dict) -> pd.DataFrame:
-    """Every rule that can fire, with its threshold in its text, and how often it did."""
-    fired = [f["rule"] for f in report["findings"]]
-    fired += [f["rule"] for s in report["sites"].values() for f in s["findings"]]
-    rows = {
-        name: {"severity": SEVERITY[rule["severity"]], "fires when": rule["text"], "fired": fired.count(name)}
-        for name, rule in report["rules"].items()
-    }
-    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def method(report: dict) -> str:
@@ -299,19 +215,23 @@ def method(report: dict) -> str:
     total = sum(s for name, s in seconds.items() if name != "forward")
     second = f" and on {text['foreign_sequences']} of {text['foreign']}" if text["foreign"] else ""
     return (
-        f"Calibrated on {text['calibration_sequences']} sequences of {text['length']} tokens of "
-        f"{text['calibration']}, scored on {text['held_out_sequences']} others of it{second}; no record is in "
-        "both. Losses are in dB to the best scale of each site on the text that is scored, the larger of the "
-        "loss of SNR and of the SNR that weights every block alike; under flush, as kernels do, unless floor is "
-        "named, ModelOpt's reference. Brackets: 95 % intervals over held-out sequences. Measuring took "
-        f"{total:.0f} s on {report['provenance']['device']}, of which {forward:.0f} s is what a plain forward of "
-        f"{text['calibration_sequences'] + text['held_out_sequences']} sequences takes."
+        f"Calibrated on {text['calibration_sequences']} sequences of {text['length']} tokens of"
+        f" {text['calibration']}, scored on {text['held_out_sequences']} others of it{second}; no record"
+        " is in both. Losses are in dB to the best scale of each site on the text that is scored, the"
+        " larger of the loss of SNR and of the SNR that weights every block alike; under flush, as"
+        " kernels do, unless floor is named, ModelOpt's reference. Brackets: 95 % intervals over"
+        f" held-out sequences. Measuring took {total:.0f} s on {report['provenance']['device']}, of"
+        f" which {forward:.0f} s is what a plain forward of"
+        f" {text['calibration_sequences'] + text['held_out_sequences']} sequences takes."
     )
 
 
 def findings_caption(report: dict) -> str:
     """How many findings there are."""
-    return f"{len(report['findings'])} findings that are not of one site. Each states the rule by which it fired."
+    return (
+        f"{len(report['findings'])} findings that are not of one site. Each states the rule by which it"
+        " fired."
+    )
 
 
 def policy_caption(report: dict) -> str:
@@ -319,17 +239,19 @@ def policy_caption(report: dict) -> str:
     means = policy_means(report["sites"])
     best = min(means, key=means.__getitem__) if means else "none"
     return (
-        f"{best} loses least on the mean of the sites. Loss: to each site's best scale, flush; floor: ModelOpt's "
-        "reference. Saturated and flushed: the largest share of the nonzero blocks at any site."
+        f"{best} loses least on the mean of the sites. Loss: to each site's best scale, flush; floor:"
+        " ModelOpt's reference. Saturated and flushed: the largest share of the nonzero blocks at any"
+        " site."
     )
 
 
 def site_caption(report: dict) -> str:
     """How to read the table of sites."""
     return (
-        f"{len(wanting_attention(report))} of {len(report['sites'])} sites have a finding in capitals, which "
-        "wants attention. Loss with its 95 % interval. To saturation, to underflow: octaves on held-out text; "
-        "negative: beyond. Enough at: sequences that show 90 % of the pool's amax; more: half the pool does not."
+        f"{len(wanting_attention(report))} of {len(report['sites'])} sites have a finding in capitals,"
+        " which wants attention. Loss with its 95 % interval. To saturation, to underflow: octaves on"
+        " held-out text; negative: beyond. Enough at: sequences that show 90 % of the pool's amax;"
+        " more: half the pool does not."
     )
 
 
@@ -338,9 +260,11 @@ def show_overview(report: dict) -> None:
     worst = worst_site(report) or "unknown"
     plots.show(
         overview_figure(report),
-        caption=f"The recommendation loses most at {worst}. Loss to the best scale of each site on held-out "
-        f"text, flush; bars: 95 % intervals over sequences; dotted: {HARMLESS_DB} dB, below which the book "
-        "found no harm.",
+        caption=(
+            f"The recommendation loses most at {worst}. Loss to the best scale of each site on held-out"
+            f" text, flush; bars: 95 % intervals over sequences; dotted: {HARMLESS_DB} dB, below which"
+            " the book found no harm."
+        ),
         alt=f"Loss by layer of the recommended scale and of amax; the worst is {worst}.",
     )
 
@@ -349,28 +273,44 @@ def show_evaluation(report: dict) -> None:
     """Display the model's own loss, or why it was not measured."""
     of = report["evaluation"]
     if of and of["kl"]:
-        plots.table(evaluation_table(report), digits=4, caption=(
-            f"A: activations, W: weights, in NVFP4, on {of['sequences']} held-out sequences "
-            f"({of['tokens']} predictions), against the unquantized model; least, most: over sequences."))  # fmt: skip
+        plots.table(
+            tables.evaluation_table(report),
+            digits=4,
+            caption=(
+                f"A: activations, W: weights, in NVFP4, on {of['sequences']} held-out sequences"
+                f" ({of['tokens']} predictions), against the unquantized model; least, most: over"
+                " sequences."
+            ),
+        )
     for sentence in (of or {}).get("skipped", []):
         plots.prose(sentence)
 
 
 def show_massive(report: dict) -> None:
     """Display the sites with massive activations, or that there are none."""
-    table = massive_table(report)
+    table = tables.massive_table(report)
     if table.empty:
         plots.prose(f"No site's amax is {FACTOR:g} times that of its median token.")
         return
-    plots.table(table, caption=f"{len(table)} sites whose amax is at least {FACTOR:g} times the median token's. "
-                "Token and channel: of the largest value.")  # fmt: skip
+    plots.table(
+        table,
+        caption=(
+            f"{len(table)} sites whose amax is at least {FACTOR:g} times the median token's. "
+            "Token and channel: of the largest value."
+        ),
+    )
 
 
 def show_growth(report: dict) -> None:
     """Display what fewer sequences would have shown of the amax."""
-    plots.table(growth_table(report), caption=(
-        "Expected share of the pool's amax in n random sequences of it, exactly; the least over the sites of a "
-        "kind. Enough at: where every site of the kind has 90 %; more: half the pool is not enough somewhere."))  # fmt: skip
+    plots.table(
+        tables.growth_table(report),
+        caption=(
+            "Expected share of the pool's amax in n random sequences of it, exactly; the least over the"
+            " sites of a kind. Enough at: where every site of the kind has 90 %; more: half the pool is"
+            " not enough somewhere."
+        ),
+    )
 
 
 def show_foreign(report: dict) -> None:
@@ -379,5 +319,10 @@ def show_foreign(report: dict) -> None:
     if not name:
         plots.prose("No second text was given: `DATASET=first,second` scores the scales on it too.")
         return
-    plots.table(foreign_table(report), caption=f"Loss on {report['text']['foreign_sequences']} sequences of "
-                f"{name} to its own best scales, by kind of site, flush.")  # fmt: skip
+    plots.table(
+        tables.foreign_table(report),
+        caption=(
+            f"Loss on {report['text']['foreign_sequences']} sequences of "
+            f"{name} to its own best scales, by kind of site, flush."
+        ),
+    )

@@ -31,5 +31,11 @@ def read_text(
         reserves = [-(-n * length // corpora.RESERVE_LENGTH) + 1 for n in (calibration, held_out)]
         members = members_of(Path(name), *reserves)
     return corpora.sequences(
-        name, tokenizer, calibration=calibration, test=held_out, length=length, begin=begin, members=members
+        name,
+        tokenizer,
+        calibration=calibration,
+        test=held_out,
+        length=length,
+        begin=begin,
+        members=members,
     )

@@ -11,7 +11,8 @@ import numpy as np
 from nvfp4_utils.quantize import AMAX_PER_SCALE, input_scale_from_amax
 from studies.runs.scoring import resamples
 
-from .measure import CANDIDATES, Site
+from .coverage import kind_of, layer_of
+from .measure import CANDIDATES, EXACT_DB, Site
 from .rules import HARM, HARMLESS_DB, Finding, finding, site_findings
 
 DEFAULT = CANDIDATES[0]
@@ -35,7 +36,8 @@ def losses(groups: Site) -> dict[str, np.ndarray]:
 
     def snr(signal, error) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return 10 * np.log10((weights @ np.array(signal))[:, None] / (weights @ np.array(error)))
+            ratio = 10 * np.log10((weights @ np.array(signal))[:, None] / (weights @ np.array(error)))
+        return np.minimum(ratio, EXACT_DB)
 
     plain = snr(groups["signal"], groups["error"])
     unit = snr(groups["unit_signal"], groups["unit_error"])
@@ -50,7 +52,7 @@ def interval(draws: np.ndarray) -> dict[str, float]:
 
 
 def worst_losses(calibrated: Mapping[str, Site], pools: list[Mapping[str, Site]]) -> dict[str, dict]:
-    """site -> candidate -> the larger loss over the pools, flush, in dB; sites without any are left out."""
+    """site -> candidate -> the larger loss over the pools, flush, dB; without sites that have none."""
     found = {}
     for site in calibrated:
         scored = [pool[site]["policies"] for pool in pools if pool[site]["policies"]]
@@ -72,8 +74,8 @@ def choose(worst: Mapping[str, Mapping[str, float]]) -> tuple[str, str, list[dic
     policy = next((n for n, mean in means.items() if mean <= limit), DEFAULT)
     if policy == DEFAULT:
         why = (
-            f"no other candidate ({', '.join(CANDIDATES[1:])}) is better by over {HARMLESS_DB} dB on the "
-            "mean of the sites"
+            f"it is the default, and no other candidate ({', '.join(CANDIDATES[1:])}) is better by over"
+            f" {HARMLESS_DB} dB on the mean of the sites"
         )
     else:
         why = (
@@ -85,11 +87,16 @@ def choose(worst: Mapping[str, Mapping[str, float]]) -> tuple[str, str, list[dic
         limit = min(of.values()) + HARMLESS_DB
         if of[policy] > limit:
             other = next(n for n in CANDIDATES if n in of and of[n] <= limit)
-            exceptions.append({
-                "site": site, "policy": other,
-                "why": f"{policy} loses {of[policy]:.2f} dB, {other} {of[other]:.2f}: over {HARMLESS_DB} "
-                "dB less",
-            })  # fmt: skip
+            exceptions.append(
+                {
+                    "site": site,
+                    "policy": other,
+                    "why": (
+                        f"{policy} loses {of[policy]:.2f} dB, {other} {of[other]:.2f}: over"
+                        f" {HARMLESS_DB} dB less"
+                    ),
+                }
+            )
     return policy, why, exceptions
 
 
@@ -106,10 +113,10 @@ def scales_of(
             found[site] = (name, amax)
     filled = {}
     for site in calibrated:
-        kind = site.rsplit(".", 1)[-1]
-        same = [a for s, (_, a) in found.items() if s.rsplit(".", 1)[-1] == kind]
-        filled[site] = found.get(site, ("largest of its kind" if same else "constant",
-                                        max(same, default=AMAX_PER_SCALE)))  # fmt: skip
+        same = [a for s, (_, a) in found.items() if kind_of(s) == kind_of(site)]
+        filled[site] = found.get(
+            site, ("largest of its kind" if same else "constant", max(same, default=AMAX_PER_SCALE))
+        )
     return filled
 
 
@@ -127,17 +134,22 @@ def by_kl(evaluation: dict | None, policy: str) -> str:
 
 
 def site_entry(
-    label: str, calibrated: Site, held_out: Site, foreign: Site | None, chosen: tuple[str, float]
+    label: str,
+    calibrated: Site,
+    held_out: Site,
+    foreign: Site | None,
+    chosen: tuple[str, float],
+    linears: list[str],
 ) -> Site:
     """One site of the report, as ``schema`` describes it."""
     policy, amax = chosen
-    name, _, kind = label.rpartition(".")
     groups = held_out["groups"]
     draws = losses(groups) if groups else {}
     own = held_out["policies"].get(policy, {})
     entry = {
-        "kind": kind,
-        "layer": int(name.rsplit(".", 1)[-1]) if name.rsplit(".", 1)[-1].isdigit() else None,
+        "kind": kind_of(label),
+        "layer": layer_of(label),
+        "linears": linears,
         "policy": policy,
         "recommended_amax": amax,
         "input_scale": input_scale_from_amax(amax),
@@ -176,16 +188,33 @@ def model_findings(report: dict) -> list[Finding]:
     found = []
     if report["model"]["uncovered"]:
         names = report["model"]["uncovered"]
-        found.append(finding("uncovered", "", len(names), f"{len(names)} inputs are not measured: "
-                             f"{', '.join(names[:6])}{' and more' if len(names) > 6 else ''}"))  # fmt: skip
-    for name in avoided(report["sites"]):
-        mean = policy_means(report["sites"])[name]
-        found.append(finding("avoid", "", mean, f"{name} loses {mean:.1f} dB on the mean of the sites"))
+        found.append(
+            finding(
+                "uncovered",
+                "",
+                len(names),
+                f"{len(names)} inputs are not measured: "
+                f"{', '.join(names[:6])}{' and more' if len(names) > 6 else ''}",
+            )
+        )
+    means = policy_means(report["sites"])
+    lossy = {name: mean for name, mean in means.items() if mean > HARMLESS_DB}
+    if lossy:
+        listed = ", ".join(f"{name} {mean:.1f} dB" for name, mean in lossy.items())
+        found.append(
+            finding("avoid", "", max(lossy.values()), f"lost on the mean of the sites: {listed}")
+        )
     kl = (report["evaluation"] or {}).get("kl", {})
     if "W" in kl and np.mean(kl["W"]) >= np.mean(kl["A recommended"]):
         ratio = float(np.mean(kl["W"]) / np.mean(kl["A recommended"]))
-        found.append(finding("weights", "", ratio, f"the weights alone cost {ratio:.1f} times the KL "
-                             "divergence of the activations alone"))  # fmt: skip
+        found.append(
+            finding(
+                "weights",
+                "",
+                ratio,
+                f"the weights alone cost {ratio:.1f} times the KL divergence of the activations alone",
+            )
+        )
     if report["text"]["default"]:
         found.append(finding("text", "", None, "the text is Python's documentation and source"))
     return found
@@ -198,11 +227,6 @@ def policy_means(sites: Mapping[str, Site]) -> dict[str, float]:
         for name, of in site["policies"].items():
             losses.setdefault(name, []).append(of["flush"]["loss_db"])
     return {name: float(np.mean(values)) for name, values in losses.items()}
-
-
-def avoided(sites: Mapping[str, Site]) -> list[str]:
-    """Policies whose mean loss exceeds ``HARMLESS_DB``."""
-    return [name for name, mean in policy_means(sites).items() if mean > HARMLESS_DB]
 
 
 def doubts(report: dict) -> list[str]:

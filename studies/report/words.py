@@ -22,7 +22,9 @@ def load(path: str | Path) -> dict:
     """
     file = ROOT / path
     if not file.is_file():
-        raise FileNotFoundError(f"no report at {file}; make one with `make recommend MODEL=... RUN=...`.")
+        raise FileNotFoundError(
+            f"no report at {file}; make one with `make recommend MODEL=... RUN=...`."
+        )
     return schema.check(json.loads(file.read_text()))
 
 
@@ -85,24 +87,45 @@ def summary_lines(report: dict) -> list[str]:
     """What to do, in at most ten lines."""
     of, text = report["recommendation"], report["text"]
     grave, count = wanting_attention(report), len(report["sites"])
-    means = policy_means(report["sites"])
+    count_policies = len(policy_means(report["sites"]))
     avoid = [f["text"] for f in report["findings"] if f["rule"] == "avoid"]
     lines = [
-        f"Model     {report['model']['name']}: {count} sites, {len(report['model']['uncovered'])} inputs "
-        "not measured",
-        f"Set       input_scale = {of['formula']}  ({of['policy']} {exceptions(report)})".replace(" )", ")"),
+        (
+            f"Model     {report['model']['name']}: {count} sites, {len(report['model']['uncovered'])}"
+            " inputs not measured"
+        ),
+        f"Set       input_scale = {of['formula']}  ({of['policy']} {exceptions(report)})".replace(
+            " )", ")"
+        ),
         f"Because   {of['why']}",
-        f"Loss      {with_interval(of['loss_db'])} to the best scale of each site; amax "
-        f"{with_interval(of['loss_db_amax'])}; worst {worst_site(report)}",
-        f"Look at   {len(grave)} of {count} sites: {', '.join(grave[:4])}{' and more' if grave[4:] else ''}"
-        if grave else f"Look at   no site: none of {count} has a finding that wants attention",
-        f"Avoid     {'; '.join(avoid)}" if avoid else
-        f"Avoid     nothing compared: all {len(means)} policies stay within the threshold on the mean",
-        f"Model     {kl_sentence(report)}" if kl_sentence(report) else
-        f"Model     not evaluated: {'; '.join((report['evaluation'] or {}).get('skipped', []))}",
+        (
+            f"Loss      {with_interval(of['loss_db'])} to the best scale of each site; amax "
+            f"{with_interval(of['loss_db_amax'])}; worst {worst_site(report)}"
+        ),
+        (
+            f"Look at   {len(grave)} of {count} sites:"
+            f" {', '.join(grave[:4])}{' and more' if grave[4:] else ''}"
+            if grave
+            else f"Look at   no site: none of {count} has a finding that wants attention"
+        ),
+        (
+            f"Avoid     {'; '.join(avoid)}"
+            if avoid
+            else (
+                f"Avoid     nothing compared: all {count_policies} policies stay within the threshold on"
+                " the mean"
+            )
+        ),
+        (
+            f"Model     {kl_sentence(report)}"
+            if kl_sentence(report)
+            else f"Model     not evaluated: {'; '.join((report['evaluation'] or {}).get('skipped', []))}"
+        ),
         f"Sure?     {sureness(report)}",
-        f"Text      {text['calibration']}: calibrated on {text['calibration_sequences']} sequences of "
-        f"{text['length']} tokens, measured on {text['held_out_sequences']} others",
+        (
+            f"Text      {text['calibration']}: calibrated on {text['calibration_sequences']} sequences"
+            f" of {text['length']} tokens, measured on {text['held_out_sequences']} others"
+        ),
         "Scales    sites.<site>.input_scale in report.json",
-    ]  # fmt: skip
+    ]
     return lines

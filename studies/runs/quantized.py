@@ -60,7 +60,7 @@ def find_linears(model: nn.Module) -> Sites:
 
 
 def site_of(linear: str) -> str:
-    """Label of the site that a linear reads, by its name; ``ValueError`` if it reads none that is known."""
+    """Label of the site that a linear reads, by its name; ``ValueError`` if none is known."""
     for kind, pattern in LINEARS.items():
         match = re.fullmatch(rf"(?:.*\.)?layers\.(\d+)\.(?:{pattern})", linear)
         if match:
