@@ -51,7 +51,7 @@ def coverage(model: nn.Module) -> tuple[Sites, dict[str, list[str]], list[str]]:
             f"{', '.join(SITES)}. Its linears are named {linears[:4]}."
         )
     head = model.get_output_embeddings()  # type: ignore[operator]
-    left = []
+    left: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
             readers.get(_site_or_none(name) or "", left).append(name)

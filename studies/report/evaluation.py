@@ -59,7 +59,10 @@ def evaluation_stage(
             ],
             "kl": {},
         }
-    found = evaluate(model, tokens[:count].long(), settings, batch=4)
+    try:
+        found = evaluate(model, tokens[:count].long(), settings, batch=4)
+    except ValueError as error:  # a model whose logits or weights are not understood
+        return {"skipped": [*skipped, f"the model was not evaluated: {error}"], "kl": {}}
     names = [s.policy for s in settings]
     return {
         "sequences": count,

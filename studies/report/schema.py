@@ -33,7 +33,8 @@ under ``flush`` unless ``floor`` is named.
 ``sites``
     label -> a site, worst first:
 
-    ``kind``, ``layer``; ``linears``: names of the linears that read it, which share its scale; ``policy``, ``recommended_amax``, ``input_scale``: what to set;
+    ``kind``, ``layer``; ``linears``: names of the linears that read it, which share its scale;
+    ``policy``, ``recommended_amax``, ``input_scale``: what to set;
     ``slack_low_octaves``, ``slack_high_octaves``: from it down to saturation, the held-out amax,
     and up to underflow, where the held-out error of blocks rises by 1 %; ``loss_db``,
     ``loss_db_amax``: of the recommendation and of amax, with interval;
