@@ -157,17 +157,19 @@ def massive(at: np.ndarray, tokens: torch.Tensor, rows: int, tokenizer) -> Site:
 def growth(amaxes: np.ndarray) -> Site | None:
     """Expected share of the pool's amax in ``n`` of its sequences, exactly, and the first that will do.
 
-    ``enough_at``: the smallest n of 1, 2, 4, ... with an expected share of at least ``NEAR``. Only half
-    of the pool and less can say that more is not needed; else None. None for all of it where sequences
-    are not told apart.
+    ``enough_at``: the smallest n of 1, 2, 4, ... and half with an expected share of at least ``NEAR``;
+    None if half of the pool has less: only what half shows can say that more is not needed. None for all
+    of it where sequences are not told apart.
     """
     if not np.isfinite(amaxes).all():
         return None
-    law = seen_law(amaxes, doublings(len(amaxes)))
-    enough = law.n[(law.share >= NEAR) & (2 * law.n <= len(amaxes))]
+    half = max(1, len(amaxes) // 2)
+    law = seen_law(amaxes, sorted({*doublings(len(amaxes)), half}))
+    enough = law.n[(law.share >= NEAR) & (law.n <= half)]
     return {
         "sequences": law.n.tolist(),
         "share": law.share.tolist(),
+        "share_of_half": float(law.share[law.n == half].iloc[0]),
         "enough_at": int(enough.iloc[0]) if len(enough) else None,
     }
 

@@ -166,7 +166,7 @@ def wide_octaves(site: dict) -> float:
 
 
 def site_findings(label: str, site: dict) -> Iterator[Finding]:
-    """Every finding of one site as ``schema`` describes it, the gravest first."""
+    """Every finding of one site as ``schema`` describes it."""
 
     def say(rule: str, value: float | None, text: str) -> Finding:
         return finding(rule, label, value, text)
@@ -206,7 +206,7 @@ def _calibration_findings(site: dict, say) -> Iterator[Finding]:
         yield say(
             "wide",
             octaves,
-            f"1 % of its blocks lie {-octaves:.1f} octaves or more below what a "
+            f"1 % of its blocks lie {-octaves:.2f} octaves or more below what a "
             "scale at the amax represents",
         )
     over = (site["massive"] or {}).get("over_token")
@@ -217,8 +217,8 @@ def _calibration_findings(site: dict, say) -> Iterator[Finding]:
             f"its amax is {over:.0f} times the median token's, at position 0 in "
             f"{site['massive']['at_position_0']:.0%} of the sequences",
         )
-    if site["growth"] and site["growth"]["enough_at"] is None and len(site["growth"]["sequences"]) > 1:
-        share = site["growth"]["share"][-2]
+    if site["growth"] and site["growth"]["enough_at"] is None:
+        share = site["growth"]["share_of_half"]
         yield say("growing", share, f"half of the sequences show {share:.0%} of its amax")
 
 

@@ -41,8 +41,8 @@ under ``flush`` unless ``floor`` is named.
     of calibration: ``elements``; ``amax``; ``distinct_magnitudes``; ``zero_blocks`` (share);
     ``calibrated_amax``: policy -> amax; ``block_amax``: ``min``, ``p1``, ``p99.99``, ``amax`` of
     the nonzero block amaxes; ``room_octaves``; ``massive``: ``over_token``, ``at_position_0``,
-    ``token``, ``channel``; ``growth``: ``sequences``, ``share``, ``enough_at``; ``experts``: null,
-    or ``tokens`` and ``amax`` per expert;
+    ``token``, ``channel``; ``growth``: ``sequences``, ``share``, ``share_of_half``,
+    ``enough_at``; ``experts``: null, or ``tokens`` and ``amax`` per expert;
     of held-out text: ``held_out_amax``; ``held_out_room_octaves``; ``policies``: policy -> the
     slacks, ``saturated``, ``subnormal``, ``flushed`` (shares of the nonzero blocks), and ``flush``
     and ``floor`` with ``snr_db``, ``block_snr_db``, ``loss_db``; ``oracle``: convention ->

@@ -163,7 +163,7 @@ def site_entry(
         **{k: held_out[k] for k in ("policies", "oracle", "curve")},
         "foreign": foreign and {k: foreign[k] for k in ("amax", "room_octaves", "policies", "oracle")},
     }
-    found = list(site_findings(label, entry))
+    found = sorted(site_findings(label, entry), key=lambda f: f["severity"])  # attention first
     return entry | {"findings": found}
 
 
