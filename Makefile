@@ -19,6 +19,8 @@ SWITCHES := end-to-end allow-shortfall
 upper = $(shell printf '%s' '$(1)' | tr 'a-z-' 'A-Z_')
 CAPTURE_OPTIONS = $(foreach o,$(COUNTS),$(if $($(call upper,$(o))),--$(o) "$($(call upper,$(o)))")) \
 	$(foreach o,$(SWITCHES),$(if $(filter-out 0,$($(call upper,$(o)))),--$(o)))
+# Sequences of 512 tokens that `make recommend` takes: three quarters calibrate, one is held out.
+SEQUENCES ?= 32
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
@@ -43,7 +45,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test test-browser lab lint linkcheck models capture export audit benchmark recapture clean
+.PHONY: help book test test-browser lab lint linkcheck models capture recommend export audit benchmark recapture clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
@@ -92,6 +94,10 @@ audit: .venv/.book ## Audit a checkpoint's activation scales: CHECKPOINT=folder 
 	@$(BIN)/python -m studies.checkpoints.audit "$(CHECKPOINT)" $(if $(RUN),--run "$(RUN)") \
 		$(if $(MIX),--mix "$(MIX)") $(if $(OUT),--out "$(OUT)")
 
+recommend: .venv/.book $(if $(filter-out smollm2,$(MODEL)),,models/downloaded/.asked) ## What to set for a model: MODEL=name, folder or id [DATASET=mix or folder RUN=name]
+	@$(BIN)/python -m studies.report $(if $(MODEL),--model "$(MODEL)") $(if $(DATASET),--dataset "$(DATASET)") \
+		$(if $(RUN),--run "$(RUN)") --sequences $(SEQUENCES)
+
 recapture: .venv/.book ## Capture what results/ holds again, into build/results: needs models, corpora and a CUDA GPU
 	$(BIN)/python -m studies.runs.recapture --out build/results
 	$(BIN)/python -m studies.runs.synthetic --out build/results/synthetic
@@ -135,6 +141,7 @@ models/downloaded/.asked: .venv/.book
 $(EXECUTED)/capture.ipynb $(EXECUTED)/models.ipynb: models/downloaded/.asked
 $(EXECUTED)/index.ipynb $(EXECUTED)/cheat_sheet.ipynb: $(wildcard studies/pages/q?_*.py) studies/pages/what_to_set.py
 $(EXECUTED)/audit.ipynb: $(wildcard studies/checkpoints/*.py)
+$(EXECUTED)/your_model.ipynb: $(wildcard studies/report/*)
 $(EXECUTED)/%.ipynb: notebooks/%.ipynb scripts/execute_notebook.py $(CODE) $$(wildcard studies/pages/$$*.py) \
 		$(DATA) .venv/.book
 	@mkdir -p $(@D)

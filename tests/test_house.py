@@ -35,6 +35,7 @@ ORDER = (
     "studies.runs",
     "studies.checkpoints",
     "studies.pages",
+    "studies.report",
     "notebooks",
 )
 SHARED_PAGES = {"block_shapes", "interactive", "loss_tables", "plots", "regimes", "snr_tables", "tails"}

@@ -26,7 +26,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nvfp4_utils.policies import POLICIES
-from studies.runs.quantized import LINEARS
 from studies.runs.store import Run, provenance, write_json
 
 from .audit import chosen_mix

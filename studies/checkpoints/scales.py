@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import torch
 
 from nvfp4_utils.quantize import AMAX_PER_SCALE, check_scale
-from studies.runs.quantized import LINEARS
 
 from .files import Checkpoint, StoredTensor
 

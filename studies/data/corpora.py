@@ -179,8 +179,8 @@ def _round_robin(parts: Sequence[Sequence[Any]]) -> list[Any]:
     return [p[i] for i in range(longest) for p in parts if i < len(p)]
 
 
-def _check_request(mix: str, calibration: int, test: int, layout: Layout) -> None:
-    if mix not in MIXES:
+def _check_request(mix: str, known: bool, calibration: int, test: int, layout: Layout) -> None:
+    if not known:
         raise ValueError(f"unknown mix {mix!r}. Known mixes: {', '.join(MIXES)}.")
     if calibration < 0 or test < 0 or calibration + test < 1 or layout.text < 1:
         raise ValueError(
@@ -213,22 +213,24 @@ def sequences(
     begin: Sequence[int] = (),
     packed: bool = True,
     folder: str | Path | None = None,
+    members: Sequence[Member] | None = None,
     allow_shortfall: bool = False,
     progress: bool = True,
 ) -> Sequences:
     """Return calibration and test sequences of `length` tokens from a named mix, as ``Layout`` says.
 
     `begin`: what every sequence begins with, `<bos>` where the model has one
-    (``studies.data.models.begins_with``).
+    (``studies.data.models.begins_with``). `members`: of a mix without an entry in `MIXES`, such as
+    ``studies.data.text_folder.members_of``; `mix` is then just its name.
 
     Raises ValueError for an unknown mix, for bad counts and, unless `allow_shortfall`, for a stream
     with fewer sequences than its quota; FileNotFoundError for a missing folder or file; OSError for
     a hub data set that cannot be read.
     """
     layout = Layout(length, tuple(begin), packed, getattr(tokenizer, "eos_token_id", 0) or 0)
-    _check_request(mix, calibration, test, layout)
+    _check_request(mix, mix in MIXES or members is not None, calibration, test, layout)
     root = corpora_folder(folder)
-    members = MIXES[mix]
+    members = MIXES[mix] if members is None else members
     plan = [
         (member, stream, {"calibration": n_calibration, "test": n_test})
         for member, row_c, row_t in zip(

@@ -15,11 +15,11 @@ from nvfp4_utils.histogram import Marginals
 from nvfp4_utils.quantize import E4M3_NORMAL_RANGE
 from nvfp4_utils.sites import SITES, kind_of
 from studies.runs.store import Run
+from studies.runs.subsets import doublings, seen_law
 
 from . import plots, regimes
 
 FACTOR = 32.0  # times the median token's amax, from which a site's amax counts as massive
-NEAR = 0.9  # of the pool's amax: a sequence this close has shown calibration what it needs
 RUNS = {"smollm2": "smollm2", "gemma3": "gemma3", "reference": ""}
 ANCHORS = {"smallest": None, "p0.1": 0.1, "p1": 1.0}  # block amax at the lower end of the window
 CLIPPER = "p99.99"  # the percentile that is also stored for one kind of site at a time
@@ -96,28 +96,6 @@ def check(runs: Mapping[str, Run]) -> int:
                     f"{model} {site}: largest token {amax}, pool and policy {known}; expected equal."
                 )
     return sum(len(run.policies(run.featured_mix).site.unique()) for run in runs.values())
-
-
-def seen_law(amaxes: np.ndarray, sizes, near: float = NEAR) -> pd.DataFrame:
-    """What ``n`` random sequences of a pool show of its amax, exactly: columns n, share, probability.
-
-    Without replacement, the largest of n is at most the i-th smallest with probability C(i, n) /
-    C(N, n). share: its mean over the pool's amax; probability: that one of the n comes within ``near``.
-    """
-    ordered = np.sort(np.asarray(amaxes, dtype=float))
-    total, below = len(ordered), int((ordered < near * ordered[-1]).sum())
-    rows = []
-    for n in sizes:
-        ways = math.comb(total, n)
-        at_most = np.array([math.comb(i, n) / ways for i in range(total + 1)])
-        share = float((np.diff(at_most) * ordered).sum() / ordered[-1])
-        rows.append((n, share, 1 - math.comb(below, n) / ways))
-    return pd.DataFrame(rows, columns=["n", "share", "probability"])
-
-
-def doublings(total: int) -> list[int]:
-    """1, 2, 4 ... up to the total, which is the last."""
-    return sorted({2**k for k in range(total.bit_length()) if 2**k <= total} | {total})
 
 
 def seen_table(run: Run, sites: list[str]) -> dict[str, pd.DataFrame]:
