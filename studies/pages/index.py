@@ -144,9 +144,10 @@ def case_prose(case: interactive.Case) -> str:
     if case.calibration == case.test:
         return "One site, calibrated and tested on one text. Drag the scale, or press a policy."
     what = "the model's output" if loss_tables.has_loss(case.run) else "SNR"
+    pair = f"the amax of {case.calibration} costs {what} most on {case.test}"
     return (
-        f"Of the pairs of texts measured, the amax of {case.calibration} costs {what} most on "
-        f"{case.test}; below, the site that loses most. Drag the scale, or press a policy."
+        f"Of the pairs of texts measured, {pair}; below, the site that loses most. Drag the scale, or "
+        "press a policy."
     )
 
 

@@ -123,7 +123,9 @@ def _capture_run(
         for name in calibration_names(detailed=True):
             (path / mix / f"calibration_{name}.parquet").unlink(missing_ok=True)
     clean_up(path)
-    run_folder.finish(path, info | {"sites": sites, "featured": list(settings.featured)}, made)
+    readers = {label: list(site.readers) for label, site in coverage.sites.items()}
+    found = {"sites": sites, "readers": readers, "featured": list(settings.featured)}
+    run_folder.finish(path, info | found, made)
 
 
 def _info(

@@ -196,6 +196,7 @@ class Run:
         self.info = _read_info(self.path / "run.json")
         self.mixes: list[str] = self.info["mixes"]
         self.sites: list[str] = self.info["sites"]
+        self.readers: dict[str, list[str]] = self.info["readers"]  # site -> linears that read it
         self.featured: list[str] = self.info["featured"]
         self.featured_mix: str = self.info["detailed_mixes"][0]
         self.window_mixes: list[str] = self.info["window_mixes"]
