@@ -189,7 +189,12 @@ def make_report(settings: ReportSettings, folder: Path) -> dict:
     held_out, foreign = pools[0], pools[1] if other else {}
     sites = {
         site: verdict.site_entry(
-            site, calibrated[site], held_out[site], foreign.get(site), scales[site], list(wanted[site].readers)
+            site,
+            calibrated[site],
+            held_out[site],
+            foreign.get(site),
+            scales[site],
+            list(wanted[site].readers),
         )
         for site in calibrated
     }

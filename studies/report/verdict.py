@@ -51,7 +51,9 @@ def interval(draws: np.ndarray) -> dict[str, float]:
     return {"value": float(draws[0]), "low": float(low), "high": float(high)}
 
 
-def worst_losses(calibrated: Mapping[str, Numbers], pools: list[Mapping[str, Numbers]]) -> dict[str, dict]:
+def worst_losses(
+    calibrated: Mapping[str, Numbers], pools: list[Mapping[str, Numbers]]
+) -> dict[str, dict]:
     """site -> candidate -> the larger loss over the pools, flush, dB; without sites that have none."""
     found = {}
     for site in calibrated:
