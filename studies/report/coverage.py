@@ -9,7 +9,7 @@ import re
 from torch import nn
 
 from nvfp4_utils.hooks import SITES, find_sites
-from studies.runs.quantized import site_of
+from studies.runs.quantized import LINEARS
 
 Sites = tuple[str, ...]  # as ``capture`` and ``hooked`` take them
 
@@ -62,7 +62,8 @@ def coverage(model: nn.Module) -> tuple[Sites, dict[str, list[str]], list[str]]:
 
 
 def _site_or_none(linear: str) -> str | None:
-    try:
-        return site_of(linear)
-    except ValueError:
-        return None
+    for kind, pattern in LINEARS.items():
+        match = re.fullmatch(rf"(?:.*\.)?layers\.(\d+)\.(?:{pattern})", linear)
+        if match:
+            return f"layers.{match[1]}.{kind}"
+    return None

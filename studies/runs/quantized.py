@@ -50,7 +50,7 @@ def find_linears(model: nn.Module) -> Sites:
     sites: Sites = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
-            sites.setdefault(site_of(name), {})[name] = module
+            sites.setdefault(_site_of(name), {})[name] = module
     if not sites:
         raise ValueError(
             f"{type(model).__name__} has no linear apart from its head; expected a causal language "
@@ -59,8 +59,7 @@ def find_linears(model: nn.Module) -> Sites:
     return sites
 
 
-def site_of(linear: str) -> str:
-    """Label of the site that a linear reads, by its name; ``ValueError`` if none is known."""
+def _site_of(linear: str) -> str:
     for kind, pattern in LINEARS.items():
         match = re.fullmatch(rf"(?:.*\.)?layers\.(\d+)\.(?:{pattern})", linear)
         if match:
