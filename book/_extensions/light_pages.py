@@ -15,6 +15,8 @@ from xml.etree import ElementTree
 
 import ziamath
 from docutils import nodes
+from fontTools import subset
+from fontTools.ttLib import TTFont
 from sphinx.application import Sphinx
 
 SIZE = 20  # of the drawn formula; its height and place are given to the page in em
@@ -105,21 +107,44 @@ def plain(markup: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]+>", "", markup)).split())
 
 
+def few_icons(static: Path, pages: list[str]) -> None:
+    """Cut the theme's icon font (156 kB) down to the icons that the pages and admonitions show."""
+    sheet = static / "styles/pydata-sphinx-theme.css"
+    css = sheet.read_text(encoding="utf-8")
+    names = {name for page in pages for name in re.findall(r"\bfa-([a-z-]+)", page)}
+    shown = {ord(icon) for icon in re.findall(r'--pst-icon-[\w-]+:"(.)"', css)}
+    for name in names:
+        codes = re.findall(rf'\.fa-{name}:before[^{{}}]*\{{content:"\\([0-9a-f]+)"', css)
+        shown |= {int(code, 16) for code in codes}
+    fonts = static / "vendor/fontawesome/webfonts"
+    font = TTFont(fonts / "fa-solid-900.ttf")
+    cut = subset.Subsetter()
+    cut.populate(unicodes=shown)
+    cut.subset(font)
+    font.flavor = "woff"
+    font.save(fonts / "icons.woff")
+    whole = 'fa-solid-900.woff2) format("woff2")'
+    sheet.write_text(css.replace(whole, 'icons.woff) format("woff")'), encoding="utf-8")
+
+
 def lighten(app: Sphinx, error: Exception | None) -> None:
     """Rewrite every page that was built."""
     if error or app.builder.format != "html":
         return
+    written = []
     for path in Path(app.outdir).rglob("*.html"):
         text = TITLE_TWICE.sub(r"<title>\1</title>", path.read_text(encoding="utf-8"))
         text = without_repeats(ICON_SCRIPT.sub("", text))
         if path.name != "search.html":
             text = SEARCH_SCRIPT.sub("", text)
         path.write_text(text, encoding="utf-8")
+        written.append(text)
+    few_icons(Path(app.outdir) / "_static", written)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     ziamath.config.svg2 = False  # glyphs as paths in place: no ids to collide on a page
-    ziamath.config.precision = 2
+    ziamath.config.precision = 1
     app.add_html_math_renderer("drawn", (draw_inline, None), (draw_block, None))
     app.connect("html-page-context", answer_first)
     app.connect("html-page-context", described)

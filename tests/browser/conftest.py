@@ -31,7 +31,10 @@ class Static(SimpleHTTPRequestHandler):
     """Files of a folder; text goes out compressed."""
 
     protocol_version = "HTTP/1.1"
-    extensions_map = SimpleHTTPRequestHandler.extensions_map | {".woff2": "font/woff2"}
+    extensions_map = SimpleHTTPRequestHandler.extensions_map | {
+        ".woff2": "font/woff2",
+        ".woff": "font/woff",
+    }
 
     def log_message(self, *_: object) -> None:
         pass
