@@ -79,7 +79,7 @@ def slack(found: Mapping[str, Skeleton], run: Run, mix: str) -> pd.DataFrame:
 def slack_summary(table: pd.DataFrame) -> pd.DataFrame:
     """By tool and kind of site: sites, clipped ones, the least slack to both sides and the "
     "largest loss."""
-    kinds = table.site.map(snr_tables.site_kind)
+    kinds = table.site.map(kind_of)
     groups = table.groupby(["tool", kinds], sort=False)
     return pd.DataFrame(
         {
@@ -97,12 +97,12 @@ def slack_summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def draw_scales(table: pd.DataFrame) -> plt.Figure:
     """Stored amax by layer between the run's cliffs, a panel per kind of site."""
-    kinds = list(dict.fromkeys(table.site.map(snr_tables.site_kind)))
+    kinds = list(dict.fromkeys(table.site.map(kind_of)))
     fig, axes = plt.subplots(
         2, math.ceil(len(kinds) / 2), figsize=(8.4, 5.6), sharex=True, squeeze=False
     )
     for ax, kind in zip(axes.flat, kinds, strict=False):
-        rows = table[table.site.map(snr_tables.site_kind) == kind]
+        rows = table[table.site.map(kind_of) == kind]
         rows = rows.assign(layer=rows.site.str.extract(r"\.(\d+)\.")[0].astype(int)).sort_values("layer")
         one = rows.drop_duplicates("layer")
         low, high = one.amax / 2.0**one.saturation, one.amax * 2.0**one.underflow
