@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from nvfp4_utils.quantize import AMAX_PER_SCALE
+from nvfp4_utils.sites import kind_of
 from studies.checkpoints.against_run import LOSS_WARNING_DB, slack_table
 from studies.checkpoints.audit import audit, stored_scales
 from studies.checkpoints.breakages import BREAKAGES, convention_of, get, modules_of
@@ -25,8 +26,6 @@ from studies.checkpoints.large import mixture_skeleton
 from studies.checkpoints.scales import quantized_modules
 from studies.checkpoints.skeleton import Skeleton, build, load_skeleton
 from studies.runs.store import RESULTS, Run
-
-from . import snr_tables
 
 STORED = RESULTS / "checkpoints"
 MAKERS = {"modelopt": "ModelOpt", "llmcompressor": "llm-compressor"}
