@@ -119,7 +119,7 @@ def octaves_of_least_error(statistics: ActivationStatistics, underflow: Underflo
     zero_at = E2M1_MAX * E4M3_MIN_SUBNORMAL / 2 if underflow == "flush" else E4M3_MIN_SUBNORMAL / 4
     lost = np.concatenate([[0], curve.row_energy.cumsum(0).cpu().numpy()])
     block_amax = curve.block_amax.cpu().numpy()
-    octaves: list[int] = []
+    octaves: list[tuple[float, float]] = []
     octave = lowest
     while True:
         low, high = top * 2.0**octave, top * 2.0 ** (octave + 1)
