@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.nn.functional import embedding, pad
 
 from .histogram import CODE_BITS, INFINITY_CODE, codes_to_values
 from .quantize import E2M1_MAX, E2M1_MIDPOINTS, E2M1_VALUES, Underflow, block_scale_e4m3, round_e2m1
@@ -166,12 +167,11 @@ class Parabolas:
         # Six octaves under the smallest row kept all elements are zero, unless that row saturates.
         self.highest = int(codes[-1])
         self.columns = self.highest - int(codes[first]) + 6 * COLUMNS_PER_OCTAVE
-        kept = row >= first
+        kept = slice(int((row < first).sum()), None)
         column = (self.highest + 1 - _bfloat16_code(x[kept])).clamp(max=self.columns - 1)
         cell = (row[kept] + 1 - first) * self.columns + column
-        sums = torch.zeros(
-            len(self.row_energy) + 1, self.columns, 2, dtype=torch.float64, device=x.device
-        )
+        shape = len(self.row_energy) + 1, self.columns, 2
+        sums = torch.zeros(shape, dtype=torch.float64, device=x.device)
         for k, values in enumerate((counts.to(torch.float64), counts * x)):
             sums.view(-1, 2)[:, k].index_add_(0, cell, values[kept])
         torch.cumsum(sums, 0, out=sums)
@@ -192,13 +192,14 @@ class Parabolas:
         if underflow == "floor":
             edges[:, 0] = 0
         ends = torch.searchsorted(self.block_amax, edges)
-        ends = torch.nn.functional.pad(ends, (0, 1), value=len(self.block_amax))
+        ends = pad(ends, (0, 1), value=len(self.block_amax))
         which, level = (ends[:, 1:] > ends[:, :-1]).nonzero(as_tuple=True)
         s8 = e4m3[level]
         threshold = _bfloat16_code((s8 * scales[which])[:, None] * midpoints)
         column = (self.highest - threshold).clamp(0, self.columns - 1)  # 0 holds nothing
         low, high = (ends[which, level + i][:, None] * self.columns + column for i in (0, 1))
-        above = self.sums[high] - self.sums[low]  # count and sum of |x| over each midpoint
+        # Count and sum of |x| over each midpoint. An embedding gathers four times as fast as indexing.
+        above = embedding(high, self.sums) - embedding(low, self.sums)
         a, b = (torch.zeros_like(scales).index_add_(0, which, part) for part in (
             s8 * (above[..., 1] @ values.diff()), s8**2 * (above[..., 0] @ values.square().diff())
         ))  # fmt: skip

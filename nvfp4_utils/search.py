@@ -71,15 +71,17 @@ class _Tried:
     def __init__(self, curve: Parabolas, underflow: Underflow, octaves: list[Octave]):
         self.curve, self.underflow = curve, underflow
         self.octaves = torch.tensor(octaves, dtype=torch.float64, device=curve.block_amax.device)
+        self.allowed = self.octaves.new_tensor([[LOWEST_SCALE, HIGHEST_SCALE * (1 - 2**-24)]])
+        self.allowed *= AMAX_PER_SCALE
         self.amaxes = self.errors = self.octaves[:0, 0]
 
     def add(self, amaxes: torch.Tensor) -> None:
         """Try the amaxes, and the vertices of the parabolas on which they lie."""
         for _ in range(2):
-            scales = _within(amaxes, self.octaves).unique() / AMAX_PER_SCALE
-            scales = scales[(scales >= LOWEST_SCALE) & (scales < HIGHEST_SCALE * (1 - 2**-24))]
+            amaxes = _within(_within(amaxes, self.octaves), self.allowed).unique()
+            scales = amaxes / AMAX_PER_SCALE
             a, b = self.curve.at(scales, self.underflow)
-            self.amaxes = torch.cat([self.amaxes, scales * AMAX_PER_SCALE])
+            self.amaxes = torch.cat([self.amaxes, amaxes])
             self.errors = torch.cat([self.errors, self.curve.energy - scales * (2 * a - scales * b)])
             vertices = a / b  # kept up to the next amax to each side, which finds those beyond itself
             next_one = torch.cat([0 * scales[:1], scales, torch.inf + scales[:1]])
@@ -119,7 +121,7 @@ def octaves_of_least_error(statistics: ActivationStatistics, underflow: Underflo
     zero_at = E2M1_MAX * E4M3_MIN_SUBNORMAL / 2 if underflow == "flush" else E4M3_MIN_SUBNORMAL / 4
     lost = np.concatenate([[0], curve.row_energy.cumsum(0).cpu().numpy()])
     block_amax = curve.block_amax.cpu().numpy()
-    octaves: list[tuple[float, float]] = []
+    octaves: list[Octave] = []
     octave = lowest
     while True:
         low, high = top * 2.0**octave, top * 2.0 ** (octave + 1)

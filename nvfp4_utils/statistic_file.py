@@ -78,7 +78,7 @@ def read_pairs(path) -> tuple[torch.dtype, torch.Tensor, torch.Tensor]:
                     f"{path} has {file.metadata.num_rows} rows; expected 1 to {MOST_PAIRS}. It is no "
                     "ActivationStatistics of activations, or damaged: capture it again."
                 )
-            dtype, header = _dtype_and_header(path, file.schema_arrow)
+            header = _header(path, file.schema_arrow)
             table = file.read()
     except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -87,12 +87,13 @@ def read_pairs(path) -> tuple[torch.dtype, torch.Tensor, torch.Tensor]:
         ) from error
     if any(column.null_count for column in table.columns):
         raise ValueError(f"{path} is damaged; expected no missing values. Capture it again.")
+    dtype = DTYPE_NAMES[header["dtype"]]
     block, element, counts = (column.to_numpy().astype(np.int64) for column in table.columns)
     keys = block << CODE_BITS | element
     starts = np.flatnonzero(np.diff(block, prepend=-1))
     ends = np.append(starts[1:], len(block)) - 1
     of_block = np.add.reduceat(counts, starts)
-    # Together these are what a tensor's pairs have to be, and all that they have to be.
+    # Some tensor has these pairs if and only if all but the last two hold.
     for holds, expected in (
         (block.min() >= 0 and element.min() >= 0, "codes from 0"),
         (block.max() < INFINITY_CODE[dtype], "finite block amaxes"),
@@ -103,39 +104,27 @@ def read_pairs(path) -> tuple[torch.dtype, torch.Tensor, torch.Tensor]:
         ((of_block % BLOCK_SIZE == 0).all(), f"counts of whole blocks of {BLOCK_SIZE}"),
         ((block[ends] == element[ends]).all(), "each block amax among its elements"),
         ((counts[ends] >= of_block // BLOCK_SIZE).all(), "each block's amax in each block"),
+        (str(counts.sum()) == header["count"], f"{header['count']} elements, as its header says"),
         (header.get("crc32") in (None, _crc32(keys, counts)), "the pairs of its header's crc32"),
     ):
         if not holds:
             raise ValueError(f"{path} is damaged; expected {expected}. Capture it again.")
-    if str(counts.sum()) != header["count"]:
-        raise ValueError(
-            f"{path} holds {counts.sum()} elements; expected {header['count']} as its "
-            "header says. It is damaged: capture it again."
-        )
     return dtype, torch.from_numpy(keys), torch.from_numpy(counts)
 
 
-def _dtype_and_header(path: Path, schema) -> tuple[torch.dtype, dict[str, str]]:
-    """Refuse a file with other columns than a statistic's, or without its header."""
+def _header(path: Path, schema) -> dict[str, str]:
+    """The header; refuses other columns than a statistic's, and a header that lacks a name."""
     header = {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
-    if schema.names != list(COLUMNS) or header.get("dtype") not in DTYPE_NAMES:
+    columns = {column.name: str(column.type) for column in schema}
+    missing = [name for name in ("dtype", "count") if name not in header]
+    if list(columns.items()) != list(COLUMNS.items()) or missing or header["dtype"] not in DTYPE_NAMES:
         raise ValueError(
-            f"{path} has columns {schema.names} and dtype {header.get('dtype')!r}; "
-            f"expected {list(COLUMNS)} and bfloat16 or float16. It is not an ActivationStatistics."
+            f"{path} has columns {columns} and dtype {header.get('dtype')!r}, and its header lacks "
+            f"{missing}; expected {COLUMNS}, {' or '.join(DTYPE_NAMES)}, and to lack nothing. It is not "
+            "an ActivationStatistics."
         )
-    types = [str(column.type) for column in schema]
-    if types != list(COLUMNS.values()):
-        raise ValueError(
-            f"{path} has columns of types {types}; expected {list(COLUMNS.values())}. It is not an "
-            "ActivationStatistics."
-        )
-    if "count" not in header:
-        raise ValueError(
-            f"{path} has no 'count' in its header; expected the number of elements. It is not written "
-            "by ActivationStatistics.save, or damaged: capture it again."
-        )
-    return DTYPE_NAMES[header["dtype"]], header
+    return header
 
 
 def _crc32(keys: np.ndarray, counts: np.ndarray) -> str:
-    return str(zlib.crc32(counts.tobytes(), zlib.crc32(keys.tobytes())))
+    return str(zlib.crc32(counts.data, zlib.crc32(keys.data)))

@@ -12,7 +12,13 @@ import pytest
 import torch
 from nvfp4_reference import BF16, FP16, FP32, all_regimes, odd_scale
 
-from nvfp4_utils import ActivationStatistics, fake_quantize, histogram, input_scale_from_amax
+from nvfp4_utils import (
+    ActivationStatistics,
+    fake_quantize,
+    histogram,
+    input_scale_from_amax,
+    statistic_file,
+)
 from nvfp4_utils.quantize import UNDERFLOWS
 
 
@@ -387,30 +393,121 @@ def test_another_parquet_file(tmp_path):
     path = tmp_path / "other.parquet"
     pq.write_table(pa.table({"a": [1]}), path)
     message = (
-        f"{path} has columns ['a'] and dtype None; expected ['block_amax_code', 'element_code', "
-        "'count'] and bfloat16 or float16. It is not an ActivationStatistics."
+        f"{path} has columns {{'a': 'int64'}} and dtype None, and its header lacks ['dtype', 'count']; "
+        "expected {'block_amax_code': 'int16', 'element_code': 'int16', 'count': 'int64'}, bfloat16 or "
+        "float16, and to lack nothing. It is not an ActivationStatistics."
     )
     with raises(ValueError, message):
         ActivationStatistics.load(path)
 
 
-def test_tampered_counts(tmp_path):
+PAIRS = {  # two blocks of amax 0x3F80 (1.0), one of zeros
+    "block_amax_code": [0, 0x3F80, 0x3F80],
+    "element_code": [0, 0x3F00, 0x3F80],
+    "count": [16, 20, 12],
+}
+HEADER = {"dtype": "bfloat16", "count": "48"}
+
+
+def written(path, header=None, types=("int16", "int16", "int64"), **columns):
+    """``PAIRS`` with some columns replaced, under a header that fits unless told otherwise."""
+    columns = PAIRS | columns
+    total = str(sum(count or 0 for count in columns["count"]))
+    arrays = [pa.array(v, t) for v, t in zip(columns.values(), types, strict=True)]
+    table = pa.table(dict(zip(columns, arrays, strict=True)))
+    pq.write_table(table.replace_schema_metadata(header or {"dtype": "bfloat16", "count": total}), path)
+    return path
+
+
+def test_a_file_of_old_without_checksums_loads(tmp_path):
+    loaded = ActivationStatistics.load(written(tmp_path / "s.parquet"))
+    x = torch.zeros(3, 16, dtype=BF16)
+    x[1:] = 0.5
+    x[1:, :6] = 1.0
+    assert equal(loaded, ActivationStatistics.from_tensor(x))
+
+
+@pytest.mark.parametrize(
+    "columns, expected",
+    [
+        ({"element_code": [0, -1, 0x3F80]}, "codes from 0"),
+        ({"block_amax_code": [0, 0x3F80, 0x7F80]}, "finite block amaxes"),
+        ({"element_code": [0, 0x3F81, 0x3F80]}, "no element above its block's amax"),
+        ({"element_code": [0, 0x3F80, 0x3F00]}, "sorted pairs without repeats"),
+        ({"element_code": [0, 0x3F80, 0x3F80]}, "sorted pairs without repeats"),
+        ({"block_amax_code": [0x3F80, 0x3F80, 0]}, "no element above its block's amax"),
+        ({"count": [32, 32, -16]}, "positive counts"),
+        ({"count": [16, 32, 0]}, "positive counts"),
+        ({"count": [2**62, 2**62, 2**62]}, "counts whose sum fits 64 bits"),
+        ({"count": [16, 21, 12]}, "counts of whole blocks of 16"),
+        ({"element_code": [0, 0x3E80, 0x3F00]}, "each block amax among its elements"),
+        ({"count": [16, 31, 1]}, "each block's amax in each block"),
+        ({"header": HEADER | {"count": "64"}}, "64 elements, as its header says"),
+        ({"header": HEADER | {"crc32": "7"}}, "the pairs of its header's crc32"),
+        ({"count": [16, 20, None]}, "no missing values"),
+    ],
+)  # fmt: skip
+def test_what_no_tensor_can_have_is_refused(columns, expected, tmp_path):
+    path = written(tmp_path / "s.parquet", **columns)
+    with raises(ValueError, f"{path} is damaged; expected {expected}. Capture it again."):
+        ActivationStatistics.load(path)
+
+
+def test_other_types_a_header_without_count_and_absurd_sizes_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "s.parquet"
-    x = make("gaussian", BF16)
-    ActivationStatistics.from_tensor(x).save(path)
-    table = pq.read_table(path)
-    counts = table["count"].to_numpy().copy()
-    counts[7] += 1
-    pq.write_table(
-        table.set_column(2, "count", pa.array(counts)).replace_schema_metadata(table.schema.metadata),
-        path,
-    )
+    for options, got in (
+        ({"types": ("int16", "int16", "float64")}, "'count': 'double'} and dtype 'bfloat16', and "),
+        ({"types": ("int32", "int16", "int64")}, "{'block_amax_code': 'int32', "),
+        ({"header": {"dtype": "bfloat16"}}, "and its header lacks ['count']; expected "),
+        ({"header": {"dtype": "float32", "count": "48"}}, "dtype 'float32', and its header lacks []; "),
+    ):
+        with pytest.raises(ValueError, match=re.escape(got)):
+            ActivationStatistics.load(written(path, **options))
+    written(path, block_amax_code=[], element_code=[], count=[])
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} has 0 rows; expected 1 to "):
+        ActivationStatistics.load(path)
+    monkeypatch.setattr(statistic_file, "MOST_PAIRS", 2)
+    with pytest.raises(ValueError, match="has 3 rows; expected 1 to 2"):
+        ActivationStatistics.load(written(path))
+    with pytest.raises(ValueError, match="pairs; expected at most 2, which a file may hold"):
+        ActivationStatistics.from_tensor(make("gaussian", BF16)).save(path)
+
+
+def test_metadata_cannot_override_the_header(tmp_path):
+    statistics = ActivationStatistics.from_tensor(make("gaussian", BF16))
     message = (
-        f"{path} holds {x.numel() + 1} elements; expected {x.numel()} as its header says. It is "
-        "damaged: capture it again."
+        "metadata holds ['dtype']; expected other names than ['dtype', 'count', 'crc32'], which say "
+        "what the file holds. Rename them."
     )
     with raises(ValueError, message):
-        ActivationStatistics.load(path)
+        statistics.save(tmp_path / "s.parquet", {"dtype": "float16", "site": "a"})
+    assert not (tmp_path / "s.parquet").exists()
+
+
+def test_no_bit_flip_passes(tmp_path):
+    """Each is refused, with the file's name, or changes nothing that is loaded."""
+    path = tmp_path / "s.parquet"
+    statistics = ActivationStatistics.from_tensor(normal(8, 64).bfloat16())
+    statistics.save(path)
+    good = path.read_bytes()
+    refused = 0
+    for bit in np.random.default_rng(0).choice(8 * len(good), 500, replace=False):
+        damaged = bytearray(good)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(damaged)
+        try:
+            assert equal(ActivationStatistics.load(path), statistics), bit
+        except ValueError as error:
+            assert str(path) in str(error), bit
+            refused += 1
+    assert 300 < refused < 500
+
+
+def test_empty_parts_add_nothing():
+    """A group of sequences that are all padding counts no element and so has no dtype."""
+    full, empty = ActivationStatistics.from_tensor(make("gaussian", BF16)), ActivationStatistics()
+    assert equal(ActivationStatistics.merged([empty, full, empty]), full)
+    assert ActivationStatistics.merged([empty, empty]).count == 0
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "heavy"])
