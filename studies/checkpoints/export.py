@@ -17,7 +17,7 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,8 +67,8 @@ class ModuleScales:
 
 
 def policy_amaxes(run: Run, policy: str, mix: str) -> dict[str, float]:
-    """Site -> calibrated amax. Raises ``ValueError`` for a policy the run lacks or that is not "
-    "one scale."""
+    """Site -> calibrated amax. Raises ``ValueError`` for a policy the run lacks or that is not
+    one scale."""
     table = run.policies(mix)
     known = [p for p in table.policy.unique() if p in POLICIES and POLICIES[p].one_scale]
     if policy not in known:
@@ -80,7 +80,7 @@ def policy_amaxes(run: Run, policy: str, mix: str) -> dict[str, float]:
     return dict(zip(rows.site.astype(str), rows.calibrated_amax.tolist(), strict=True))
 
 
-def linear_names(sites: Iterable[str], info: Mapping) -> list[str]:
+def linear_names(sites: Collection[str], info: Mapping) -> list[str]:
     """The modules that read the sites: as the run stores them, else by Llama's names."""
     if "readers" in info:
         return [module for names in info["readers"].values() for module in names]
@@ -90,6 +90,12 @@ def linear_names(sites: Iterable[str], info: Mapping) -> list[str]:
         "mlp_input": ("mlp.gate_proj", "mlp.up_proj"),
         "down_proj_input": ("mlp.down_proj",),
     }
+    unknown = [site for site in sites if site.rsplit(".", 1)[1] not in plain]
+    if unknown:
+        raise ValueError(
+            f"no name is known for the linears that read {unknown[0]}; expected sites of "
+            f"{', '.join(plain)}. Give CHECKPOINT=, whose own names are used, or capture the run again."
+        )
     return [f"model.{layer}.{name}" for layer, kind in (s.rsplit(".", 1) for s in sites)
             for name in plain[kind]]  # fmt: skip
 
@@ -137,8 +143,8 @@ def write_scales(scales: ModuleScales, out: Path) -> None:
 
 
 def start_folder(out: Path) -> Path:
-    """An empty folder beside ``out`` to be renamed to it. Raises ``FileExistsError`` if ``out`` "
-    "exists."""
+    """An empty folder beside ``out`` to be renamed to it. Raises ``FileExistsError`` if ``out``
+    exists."""
     if out.exists() or out.is_symlink():
         raise FileExistsError(
             f"{out} exists; expected a new folder. Delete it or name another with OUT=."
