@@ -4,19 +4,23 @@
 
 from . import policies
 from .histogram import Marginals
-from .hooks import capture, find_sites, hooked
+from .hooks import capture, hooked
 from .policies import POLICIES, calibrate
 from .quantize import fake_quantize, input_scale_from_amax
+from .sites import Coverage, Site, find_coverage, find_sites
 from .statistics import ActivationStatistics, SiteStatistics
 
 __all__ = [
     "POLICIES",
     "ActivationStatistics",
+    "Coverage",
     "Marginals",
+    "Site",
     "SiteStatistics",
     "calibrate",
     "capture",
     "fake_quantize",
+    "find_coverage",
     "find_sites",
     "hooked",
     "input_scale_from_amax",

@@ -24,7 +24,7 @@ from .kernels.joint_table import (
     new_reports,
     unplaced_blocks,
 )
-from .quantize import BLOCK_SIZE, check_tensor, nonfinite_error
+from .quantize import BLOCK_SIZE, check_tensor, naming, nonfinite_error
 from .statistics import ActivationStatistics
 
 ONE, OCTAVE = 0x3F80, 128  # the bfloat16 code of 1.0, and how many codes an octave has
@@ -87,6 +87,8 @@ class DeviceCounter:
     without a place in the table are kept, and counted by ``finish``.
     """
 
+    label = ""  # of the site, for errors
+
     def __init__(self, reports: Reports, window: tuple[int, int] | None = None):
         self.reports = reports
         self.unread = 0  # reports
@@ -104,11 +106,12 @@ class DeviceCounter:
 
         ``padding``: tokens that ``keep`` leaves out, known on the host.
         """
-        check_tensor(x)
+        with naming(self.label):
+            check_tensor(x)
         if x.numel() > MAX_ELEMENTS:
             raise ValueError(
-                f"an activation has {x.numel()} elements; expected at most {MAX_ELEMENTS}. Use "
-                "smaller batches."
+                f"{self.label or 'an activation'} has {x.numel()} elements; expected at most "
+                f"{MAX_ELEMENTS}. Use smaller batches."
             )
         if keep is not None:
             x = x.masked_fill(~keep[..., None], 0)
@@ -145,11 +148,12 @@ class DeviceCounter:
         """Deal with what the kernels could not count."""
         if (status.bad or status.unplaced or window is None) and _version(blocks) != version:
             raise RuntimeError(
-                "the model overwrote an activation in place before it was counted. Capture the "
-                "input of an earlier module instead."
+                f"the model overwrote {self.label or 'an activation'} in place before it was counted. "
+                "Capture the input of an earlier module instead."
             )
         if status.bad:
-            raise nonfinite_error(count_nonfinite(blocks, torch.bfloat16))
+            with naming(self.label):
+                raise nonfinite_error(count_nonfinite(blocks, torch.bfloat16))
         if status.highest:
             self.low, self.high = min(self.low, status.lowest), max(self.high, status.highest)
         if window is None:

@@ -4,7 +4,8 @@
 
 Within a row, the pairs of one block amax, elements between two neighbouring E2M1 midpoints all become
 one value ``y``, so their error is ``y**2 C - 2 y S1 + S2`` with the interval's count and first two
-power sums: two look-ups in prefix sums.
+power sums: two look-ups in prefix sums. ``PairSums`` takes them row by row, to 1e-12 relative;
+``Parabolas`` takes all rows of one E4M3 scale at once, which a search over thousands of scales needs.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ import numpy as np
 import torch
 
 from .histogram import CODE_BITS, INFINITY_CODE, codes_to_values
-from .quantize import E2M1_MIDPOINTS, E2M1_VALUES, Underflow, block_scale_e4m3, round_e2m1
+from .quantize import E2M1_MAX, E2M1_MIDPOINTS, E2M1_VALUES, Underflow, block_scale_e4m3, round_e2m1
 
 # Interval sums cancel: below this error-to-signal ratio they lose more than 1e-12 relative.
 MIN_CONDITION = 1e-4
+E4M3 = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float64)  # positive
+# A block scale is rounded to E4M3[i] from FLIPS[i] on; under the first it underflows.
+FLIPS = torch.cat([E4M3[:1] / 2, (E4M3[:-1] + E4M3[1:]) / 2])
+COLUMNS_PER_OCTAVE = 128  # of the table of ``Parabolas``: the resolution of bfloat16
 
 
 def _prefix_sum(values: torch.Tensor) -> torch.Tensor:
@@ -122,3 +127,84 @@ class PairSums:
         y = round_e2m1(x.to(torch.float32) / step) * step
         y = torch.where(step == 0, 0.0, y).to(out_dtype).to(torch.float64)
         return ((y - x).square() * self.counts).sum()
+
+
+class Parabolas:
+    """Every scale's error as the parabola that it lies on, from a table of sums over rectangles.
+
+    With the block scales ``s8`` and the codes ``q`` at a scale held fixed, the summed squared error of
+    scale ``g`` is ``energy - 2 g A + g**2 B``, with ``A = sum s8 q |x|`` and ``B = sum (s8 q)**2``.
+    Blocks of one ``s8`` share the magnitudes at which ``q`` changes. So their part of ``A`` and ``B`` is
+    seven look-ups at both ends of their range of block amaxes, whatever number of rows lies between.
+
+    The rows of least energy, together at most ``negligible``, are left out. No rounding to nearest
+    costs more than rounding to zero: they move the error by no more than that. Magnitudes are told apart
+    to 128 values an octave, as bfloat16 does; of float16, neighbours at a midpoint share a ``q``.
+
+    Attributes
+    ----------
+    block_amax, row_energy : float64 [rows]
+        Of the rows kept, ascending, and their sums of squares.
+    energy : float
+        Sum of squares of all elements.
+    """
+
+    def __init__(self, dtype: torch.dtype, keys: torch.Tensor, counts: torch.Tensor, negligible: float):
+        block_amax = codes_to_values(keys >> CODE_BITS, dtype)
+        x = codes_to_values(keys & (2**CODE_BITS - 1), dtype)
+        power = counts * x * x
+        codes, row = torch.unique_consecutive(_bfloat16_code(block_amax), return_inverse=True)
+        energy, weighted = (
+            torch.zeros(len(codes), dtype=torch.float64, device=keys.device).index_add_(0, row, values)
+            for values in (power, power * block_amax)
+        )
+        first = int((energy.cumsum(0) <= negligible).sum())
+        self.energy, self.row_energy = float(energy.sum()), energy[first:]
+        mean = weighted[first:] / energy[first:]  # of equal float16 codes; exact of bfloat16
+        self.block_amax = mean.to(torch.float32).to(torch.float64)
+        # Columns go down from the largest code, so that running sums count what lies above a threshold.
+        # Six octaves under the smallest row kept all elements are zero, unless that row saturates.
+        self.highest = int(codes[-1])
+        self.columns = self.highest - int(codes[first]) + 6 * COLUMNS_PER_OCTAVE
+        kept = row >= first
+        column = (self.highest + 1 - _bfloat16_code(x[kept])).clamp(max=self.columns - 1)
+        cell = (row[kept] + 1 - first) * self.columns + column
+        sums = torch.zeros(
+            len(self.row_energy) + 1, self.columns, 2, dtype=torch.float64, device=x.device
+        )
+        for k, values in enumerate((counts.to(torch.float64), counts * x)):
+            sums.view(-1, 2)[:, k].index_add_(0, cell, values[kept])
+        torch.cumsum(sums, 0, out=sums)
+        self.sums = torch.cumsum(sums, 1, out=sums).view(-1, 2)
+
+    def at(self, scales: torch.Tensor, underflow: Underflow) -> tuple[torch.Tensor, torch.Tensor]:
+        """``A`` and ``B`` at float64 scales [n]; both float64 [n]."""
+        parts = [self._at(part, underflow) for part in scales.split(256)]
+        a, b = zip(*parts, strict=True)
+        return torch.cat(a), torch.cat(b)
+
+    def _at(self, scales: torch.Tensor, underflow: Underflow):
+        e4m3, values, midpoints = (
+            torch.as_tensor(t, dtype=torch.float64, device=scales.device)
+            for t in (E4M3, E2M1_VALUES, E2M1_MIDPOINTS)
+        )
+        edges = E2M1_MAX * scales[:, None] * FLIPS.to(scales.device)
+        if underflow == "floor":
+            edges[:, 0] = 0
+        ends = torch.searchsorted(self.block_amax, edges)
+        ends = torch.nn.functional.pad(ends, (0, 1), value=len(self.block_amax))
+        which, level = (ends[:, 1:] > ends[:, :-1]).nonzero(as_tuple=True)
+        s8 = e4m3[level]
+        threshold = _bfloat16_code((s8 * scales[which])[:, None] * midpoints)
+        column = (self.highest - threshold).clamp(0, self.columns - 1)  # 0 holds nothing
+        low, high = (ends[which, level + i][:, None] * self.columns + column for i in (0, 1))
+        above = self.sums[high] - self.sums[low]  # count and sum of |x| over each midpoint
+        a, b = (torch.zeros_like(scales).index_add_(0, which, part) for part in (
+            s8 * (above[..., 1] @ values.diff()), s8**2 * (above[..., 0] @ values.square().diff())
+        ))  # fmt: skip
+        return a, b
+
+
+def _bfloat16_code(values: torch.Tensor) -> torch.Tensor:
+    """The code of the largest bfloat16 magnitude at or under each value."""
+    return (values.to(torch.float32).view(torch.int32) >> 16).to(torch.int64)

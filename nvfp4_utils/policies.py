@@ -9,31 +9,29 @@ into the stored scale. ``POLICIES`` names them all.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 
-from .histogram import Marginals, codes_to_values
+from .histogram import Marginals
 from .quantize import (
     AMAX_PER_SCALE,
-    E4M3_MAX,
     E4M3_NORMAL_RANGE,
     FOUR_OVER_SIX_ROOM,
+    HIGHEST_SCALE,
+    LOWEST_SCALE,
     Underflow,
     input_scale_from_amax,
 )
+from .search import least_error
 from .statistics import ActivationStatistics
 
 ANCHOR_FLOOR = 1e6  # blocks this far under the upper anchor count as zero
-OCTAVE_POINTS = 128  # of the oracle's grid
-# The error jumps where a block scale passes an E4M3 midpoint, and its minimum often lies at a jump. A
-# midpoint has 5 significant bits and a bfloat16 block amax 8, so at 448 times a number of 4 bits or
-# fewer, block amaxes of many values jump together: both sides of those, within one octave.
-EDGES = (E4M3_MAX / 256 * np.arange(8, 16)[:, None] / 8 * [1 - 2**-18, 1 + 2**-18]).ravel()
-MANY_ROWS = 512  # distinct block amaxes from which the oracle looks at octaves coarsely first
+MOST_ROOM = 22  # octaves above the amax, where every block is flushed
 
 Statistics: TypeAlias = ActivationStatistics | Marginals
 
@@ -92,7 +90,8 @@ def headroom(
         upper = statistics.block_amax_percentile(upper_percentile, above=0.0)
     anchor = statistics.block_amax_percentile(anchor_percentile, above=upper / ANCHOR_FLOOR)
     # The result is stored as float32 there.
-    return float(np.float32(max(rho * anchor, upper)))
+    largest = float(np.finfo(np.float32).max)
+    return _positive(float(np.float32(min(max(rho * anchor, upper), largest))))
 
 
 def headroom_over_amax(statistics: Statistics) -> float:
@@ -105,12 +104,14 @@ def room(statistics: ActivationStatistics, tolerance: float = 0.01) -> int:
 
     As long as block scales are normal, doubling the scale changes no error. The first whole octave whose
     error under flush, every block weighted alike (``block_snr_db``), exceeds that at the amax by more
-    than the share ``tolerance`` is the first too many; at most 22, where every block is flushed.
+    than the share ``tolerance`` is the first too many. At most 22, where every block is flushed, or what
+    the largest scale allows.
     """
-    scales = input_scale_from_amax(amax(statistics) * 2.0 ** np.arange(23))
+    amaxes = amax(statistics) * 2.0 ** np.arange(MOST_ROOM + 1)
+    scales = input_scale_from_amax(amaxes[amaxes < HIGHEST_SCALE * AMAX_PER_SCALE])
     error = 10 ** (-statistics.block_snr_db(scales) / 10)
     harmed = error > (1 + tolerance) * error[0]
-    return int(harmed.argmax()) - 1 if harmed.any() else 22
+    return int(harmed.argmax()) - 1 if harmed.any() else len(scales) - 1
 
 
 def raised(statistics: ActivationStatistics, share: float = 0.5, tolerance: float = 0.01) -> float:
@@ -124,92 +125,34 @@ def aligned_headroom(statistics: ActivationStatistics, underflow: Underflow = "f
     While block scales are normal the error repeats every octave, so the best place within the octave
     can be had at headroom's distance from saturation as well as at the amax.
     """
-    exponents = np.arange(OCTAVE_POINTS) / OCTAVE_POINTS
     low = headroom(statistics)
-    amaxes = low * np.concatenate([2**exponents, _edges_above(low) / low])
-    scales = input_scale_from_amax(amaxes)
-    return float(amaxes[statistics.mse(scales, underflow).argmin()])
+    return least_error(statistics, underflow, [(low, 2 * low)])
 
 
-def _edges_above(low: float) -> np.ndarray:
-    """Both sides of the error's largest jumps in the octave above ``low``."""
-    edges = EDGES * 2.0 ** np.floor(np.log2(low / EDGES[0]))
-    return np.where(edges < low, 2 * edges, edges)
-
-
-def oracle(
-    statistics: ActivationStatistics,
-    underflow: Underflow = "flush",
-    *,
-    out_dtype: torch.dtype = torch.float32,
-) -> float:
+def oracle(statistics: ActivationStatistics, underflow: Underflow = "flush") -> float:
     """The amax whose scale has the lowest MSE on these very statistics: the bound for a policy.
 
-    Searches every octave that can hold the minimum. From below, a calibrated amax ``L`` costs at
-    least ``sum max(|x| - L, 0)**2``, as nothing quantizes above ``L``: octaves where that exceeds
-    the best error are out. From above, the search ends where every block has underflowed. Between
-    ``B_max`` and ``28672 B_min`` doubling the scale changes no bit, so one octave stands for all.
-    The grid has 128 points an octave, where a statistic of many block amaxes first narrows the
-    octaves at 16, and both sides of ``EDGES``; the best points are refined twice.
+    ``search.least_error`` says how it is found. No scale of a dense search was lower by more than
+    1e-4 of that MSE on any tensor tried.
     """
-    marginals = statistics.marginals
-    blocks = codes_to_values(marginals.block_codes, marginals.dtype)
-    block_max = _positive(float(blocks[-1]))
-    block_min = float(blocks[blocks > 0][0])
-
-    def mse(amaxes: np.ndarray) -> np.ndarray:
-        scales = input_scale_from_amax(amaxes)
-        return statistics.mse(scales, underflow, out_dtype=out_dtype)
-
-    def grid(octaves: Iterable[int], points: int) -> np.ndarray:
-        """Log grid over octaves counted from the largest block amax, without repeated ones."""
-        octaves = np.array(list(octaves))
-        exponents = octaves[:, None] + np.arange(points) / points
-        edges = _edges_above(block_max) * 2.0 ** octaves[:, None]
-        amaxes = np.concatenate([(block_max * 2**exponents).ravel(), edges.ravel()])
-        repeated = (amaxes > 2 * block_max) & (amaxes <= normal_end / 2)
-        return amaxes[~repeated & (amaxes / AMAX_PER_SCALE < 2.0**123)]
-
-    normal_end = E4M3_NORMAL_RANGE * block_min
-    known = mse(grid([0], OCTAVE_POINTS)).min()
-    # At 448 * 2**10 * B_max all blocks flush; under floor all elements are zero 12 times later.
-    octaves: Any = range(_lowest_octave(marginals, known, block_max), 23)
-    if len(blocks) >= MANY_ROWS:
-        # Many block amaxes average out: no scale between two coarse points is far below both.
-        coarse = grid(octaves, 16)
-        errors = mse(coarse)
-        near = coarse[errors <= 1.5 * min(known, errors.min())]
-        octaves = np.union1d(0, np.floor(np.log2(near / block_max))).astype(int)
-    candidates = grid(octaves, OCTAVE_POINTS)
-    errors = mse(candidates)
-    width = 1 / OCTAVE_POINTS
-    for keep, points in ((12, 33), (4, 33)):
-        best = candidates[np.argsort(errors, kind="stable")[:keep]]
-        fine = best[:, None] * 2 ** (np.linspace(-width, width, points)[None, :])
-        candidates = np.concatenate([best, fine.ravel()])
-        errors = mse(candidates)
-        width *= 2 / (points - 1)
-    return float(candidates[errors.argmin()])
+    _positive(statistics.amax)
+    return least_error(statistics, underflow)
 
 
-def _lowest_octave(marginals: Marginals, error: float, block_max: float) -> int:
-    """How far under the largest amax clipping alone still costs less than ``error``, in octaves."""
-    x = codes_to_values(marginals.element_codes, marginals.dtype)
-    weights = marginals.element_counts / marginals.count
-    octave = 0
-    while octave > -120:
-        excess = (x - block_max * 2.0**octave).clamp(min=0)
-        if float((excess.square() * weights).sum()) > error:
-            break
-        octave -= 1
-    return octave
+class NoValue(ValueError):
+    """A policy has no value for a statistic: the tensor, or all that the policy looks at, is zero."""
 
 
 def _positive(value: float) -> float:
     if not value > 0:
-        raise ValueError(
+        raise NoValue(
             f"the calibrated amax is {value}; expected a positive value. The percentile or the "
             "whole tensor is zero: calibrate on more data or a higher percentile."
+        )
+    if value < LOWEST_SCALE * AMAX_PER_SCALE:
+        raise NoValue(
+            f"the calibrated amax is {value}; expected at least {LOWEST_SCALE * AMAX_PER_SCALE:.3g}, "
+            "whose scale is a normal float32. Such a tensor is zero but for underflow."
         )
     return value
 
@@ -287,6 +230,8 @@ FROM_MARGINALS = tuple(  # what can be had of any subset of sequences
 def calibrate(statistics: Statistics, names: Iterable[str] = CALIBRATED) -> dict[str, float]:
     """The calibrated amax of each named policy; all that calibrate need the joint histogram.
 
+    NaN where a policy has no value: of a tensor of zeros, and of a percentile that is zero.
+
     Raises
     ------
     ValueError
@@ -296,4 +241,8 @@ def calibrate(statistics: Statistics, names: Iterable[str] = CALIBRATED) -> dict
     unknown = [name for name in names if name not in CALIBRATED]
     if unknown:
         raise ValueError(f"policies {unknown} do not calibrate; expected some of {list(CALIBRATED)}.")
-    return {name: POLICIES[name].calibrate(statistics) for name in names}  # type: ignore[misc]
+    found = dict.fromkeys(names, math.nan)
+    for name in names:
+        with contextlib.suppress(NoValue):
+            found[name] = POLICIES[name].calibrate(statistics)  # type: ignore[misc]
+    return found

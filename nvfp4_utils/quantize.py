@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -97,6 +99,15 @@ def nonfinite_error(bad: int) -> ValueError:
         f"x holds {bad} values that are NaN or infinite; expected finite activations. Find the "
         "layer that overflows before calibrating."
     )
+
+
+@contextmanager
+def naming(label: str) -> Iterator[None]:
+    """Put a site's name before the message of what is raised inside about its activation."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{label}: {error}" if label else str(error)) from None
 
 
 def check_underflow(underflow: str) -> None:

@@ -12,17 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .error import PairSums
+from .error import E4M3, PairSums, Parabolas
 from .histogram import CODE_BITS, Marginals, joint_histogram, merge_counts, sum_by_code, sum_by_key
-from .quantize import BLOCK_SIZE, Underflow, check_scale, check_underflow
-
-DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+from .quantize import BLOCK_SIZE, E2M1_MAX, Underflow, check_scale, check_underflow
+from .statistic_file import read_pairs, write_pairs
 
 
 class ActivationStatistics:
@@ -75,7 +73,7 @@ class ActivationStatistics:
                 self.keys, self.counts, other.keys.to(self.keys.device),
                 other.counts.to(self.keys.device),
             )  # fmt: skip
-        for name in ("marginals", "_pair_sums"):
+        for name in ("marginals", "parabolas", "known_error", "_pair_sums"):
             self.__dict__.pop(name, None)  # caches of the old counts
         return self
 
@@ -84,7 +82,10 @@ class ActivationStatistics:
 
     @classmethod
     def merged(cls, parts: Sequence[ActivationStatistics]) -> ActivationStatistics:
-        """The sum of several statistics of one dtype, in one merge."""
+        """The sum of several statistics of one dtype, in one merge; empty ones add nothing."""
+        if parts and all(part.dtype is None for part in parts):
+            return cls()
+        parts = [part for part in parts if part.dtype is not None]
         if len({part.dtype for part in parts}) != 1:
             raise TypeError(
                 f"cannot merge statistics of {[str(part.dtype) for part in parts]}; expected at "
@@ -127,6 +128,17 @@ class ActivationStatistics:
     @cached_property
     def _pair_sums(self) -> PairSums:
         return PairSums(self.dtype, self.keys, self.counts)
+
+    @cached_property
+    def known_error(self) -> float:
+        """Least summed squared error over the scales of one octave that represent the amax exactly."""
+        scales = self.amax / (E2M1_MAX * E4M3[-8:])  # 240 to 448
+        return float(self.mse(scales).min()) * self.count
+
+    @cached_property
+    def parabolas(self) -> Parabolas:
+        """For searches; leaves out what cannot move the least error by a millionth of the known one."""
+        return Parabolas(self.dtype, self.keys, self.counts, 1e-6 * self.known_error)
 
     @property
     def count(self) -> int:
@@ -213,67 +225,26 @@ class ActivationStatistics:
         return float(snr) if snr.ndim == 0 else snr
 
     def save(self, path, metadata: dict[str, str] | None = None) -> None:
-        """Write Parquet: ``block_amax_code``, ``element_code`` (int16) and ``count`` (int64)."""
+        """Write Parquet, as ``statistic_file`` says; ``metadata`` is added to its header.
+
+        Raises ``ValueError`` for metadata with a name of the header's own.
+        """
         if self.dtype is None:
             raise ValueError("the statistic is empty; expected at least one update(x) before.")
-        import pyarrow as pa  # here and in load: half of what importing the package would cost
-        import pyarrow.parquet as pq
-
-        table = pa.table(
-            {
-                "block_amax_code": self.block_codes.to(torch.int16).cpu().numpy(),
-                "element_code": self.element_codes.to(torch.int16).cpu().numpy(),
-                "count": self.counts.cpu().numpy(),
-            }
-        ).replace_schema_metadata(
-            {"dtype": str(self.dtype).removeprefix("torch."), "count": str(self.count)}
-            | (metadata or {})
-        )
-        pq.write_table(table, path, compression="zstd", compression_level=12)
+        write_pairs(path, self.dtype, self.keys.cpu(), self.counts.cpu(), metadata or {})
 
     @classmethod
     def load(cls, path) -> ActivationStatistics:
-        """Read what ``save`` wrote.
+        """Read what ``save`` wrote; what no tensor can have is refused.
 
         Raises
         ------
         FileNotFoundError
             If there is no such file.
         ValueError
-            If the file is truncated, not a statistic, or its counts do not add up.
+            If the file is truncated or damaged, or not a statistic.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no statistic at {path}; expected a Parquet file written by "
-                "ActivationStatistics.save. Run the capture that makes it first."
-            )
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(
-                f"{path} is not readable as Parquet ({error}); expected a file written by "
-                "ActivationStatistics.save. It may be truncated: capture it again."
-            ) from error
-        metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-        columns = ["block_amax_code", "element_code", "count"]
-        if table.column_names != columns or metadata.get("dtype") not in DTYPE_NAMES:
-            raise ValueError(
-                f"{path} has columns {table.column_names} and dtype {metadata.get('dtype')!r}; "
-                f"expected {columns} and bfloat16 or float16. It is not an ActivationStatistics."
-            )
-        block, element, counts = (
-            torch.from_numpy(table[name].to_numpy().astype(np.int64)) for name in columns
-        )
-        if int(counts.sum()) != int(metadata["count"]):
-            raise ValueError(
-                f"{path} holds {int(counts.sum())} elements; expected {metadata['count']} as its "
-                "header says. It is damaged: capture it again."
-            )
-        return cls(DTYPE_NAMES[metadata["dtype"]], block << CODE_BITS | element, counts)
+        return cls(*read_pairs(path))
 
 
 @dataclass
@@ -282,14 +253,19 @@ class SiteStatistics:
 
     ``groups``: statistics of consecutive groups of ``group_size`` sequences (the last may hold
     fewer), the unit of bootstrap intervals. ``sequence_amax``: float64 [sequences], the largest
-    magnitude of each sequence, so that any subset's amax is known.
+    magnitude of each sequence, so that any subset's amax is known; NaN where experts that are modules
+    see tokens that belong to no known sequence. ``expert_tokens`` int64 and ``expert_amax`` float64
+    [experts]: what each expert of a mixture was given, 0 tokens for one that was never reached.
     """
 
     group_size: int
     groups: list[ActivationStatistics] = field(default_factory=list)
     sequence_amax: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    expert_tokens: torch.Tensor | None = None
+    expert_amax: torch.Tensor | None = None
 
     @property
     def total(self) -> ActivationStatistics:
-        """The groups' sum."""
-        return ActivationStatistics.merged(self.groups)
+        """The groups' sum; a group of padding alone adds nothing."""
+        counted = [group for group in self.groups if group.dtype is not None]
+        return ActivationStatistics.merged(counted or self.groups)

@@ -231,7 +231,7 @@ def test_slack_against_a_run_of_the_policies_own_scales(skeleton, run, tmp_path)
     from studies.checkpoints.against_run import slack_table
 
     tops = run.policies(run.mixes[0]).query("policy == 'raised-all'").set_index("site").calibrated_amax
-    sites = scales.site_readers({}, run.sites, modules_of(skeleton))
+    sites = scales.site_readers(run.readers, modules_of(skeleton))
     assert len(sites) == len(modules_of(skeleton)) == 210
     raised = put(skeleton, {m: stored(skeleton, tops[s]) for m, s in sites.items()})
     checkpoint = open_checkpoint(build(raised, tmp_path / "c"))
@@ -249,7 +249,7 @@ def test_slack_against_a_run_of_the_policies_own_scales(skeleton, run, tmp_path)
 
 def test_a_factor_left_out_everywhere_is_seen_with_a_run(skeleton, run, tmp_path):
     amaxes = run.policies(run.mixes[0]).query("policy == 'amax'").set_index("site").calibrated_amax
-    sites = scales.site_readers({}, run.sites, modules_of(skeleton))
+    sites = scales.site_readers(run.readers, modules_of(skeleton))
     off = put(skeleton, {m: stored(skeleton, 448 * amaxes[s]) for m, s in sites.items()})
     found = [f for f in audit.audit(build(off, tmp_path / "c"), run) if f.kind == "magnitude"]
     assert [f.value for f in found if f.severity == "error"] == [448.0]
@@ -257,7 +257,7 @@ def test_a_factor_left_out_everywhere_is_seen_with_a_run(skeleton, run, tmp_path
 
 @pytest.mark.parametrize("policy", ["amax", "raised"])
 def test_an_exchange_in_the_whole_checkpoint_is_seen_with_a_run(skeleton, run, policy, tmp_path):
-    sites = scales.site_readers({}, run.sites, modules_of(skeleton))
+    sites = scales.site_readers(run.readers, modules_of(skeleton))
     amaxes = export.policy_amaxes(run, policy, run.mixes[0])
     right = put(skeleton, {m: stored(skeleton, amaxes[s]) for m, s in sites.items()})
     assert not [f for f in audit.audit(build(right, tmp_path / "a"), run) if f.kind == "magnitude"]
@@ -407,7 +407,7 @@ def test_a_patched_copy_differs_in_the_bytes_of_the_scales_alone(run, convention
         t for m in scales.quantized_modules(open_checkpoint(out)).values() for t in m.scales.values()
     )
     for name, value in new.items():
-        site = scales.site_readers({}, run.sites, [name.rpartition(".")[0]])[name.rpartition(".")[0]]
+        site = scales.site_readers(run.readers, [name.rpartition(".")[0]])[name.rpartition(".")[0]]
         assert value.item() == convention.stored(amax[site])
 
 

@@ -137,10 +137,13 @@ def test_only_padding_leaves_the_statistic_empty():
 def test_nan_raises_and_a_change_in_place_is_noticed():
     x = normal(2, 8, 64).to(BF16)
     x[1, 2, 3:5] = math.nan
-    counter = DeviceCounter(Reports())
-    counter.add(x, None, 0)
-    with pytest.raises(ValueError, match=r"^x holds 2 values that are NaN or infinite;"):
-        counter.close()
+    for label, prefix in (("", ""), ("layers.3.mlp_input", r"layers\.3\.mlp_input: ")):
+        counter = DeviceCounter(Reports())
+        counter.label = label
+        counter.add(x, None, 0)
+        message = rf"^{prefix}x holds 2 values that are NaN or infinite;"
+        with pytest.raises(ValueError, match=message):
+            counter.close()
     x = normal(2, 8, 64).to(BF16)
     counter = DeviceCounter(Reports())
     counter.add(x, None, 0)
@@ -163,11 +166,11 @@ def test_capture_gives_the_same_with_either_counter(kept_bytes, monkeypatch):
     batches = [{"input_ids": ids[i : i + 3], "attention_mask": mask[i : i + 3]} for i in (0, 3, 6)]
     sites = ["mlp_input", "down_proj_input"]
     expected = capture(model, batches, sites, group_size=2, progress=False)
-    module = sys.modules["nvfp4_utils.hooks"]
+    module = sys.modules["nvfp4_utils.counters"]
     reports = Reports()
-    monkeypatch.setattr(module, "_Counter", lambda: DeviceCounter(reports))
+    monkeypatch.setattr(module, "Counter", lambda: DeviceCounter(reports))
     monkeypatch.setattr(module, "CLOSED_BYTES", kept_bytes)
-    monkeypatch.setattr(module._Counters, "room", kept_bytes)
+    monkeypatch.setattr(module.Counters, "room", kept_bytes)
     found = capture(model, batches, sites, group_size=2, progress=False)
     assert list(found) == list(expected)
     for label, site in found.items():

@@ -14,11 +14,11 @@ from nvfp4_reference import reference
 transformers = pytest.importorskip("transformers")
 
 from nvfp4_utils import quantize  # noqa: E402
-from nvfp4_utils.hooks import SITES, find_sites  # noqa: E402
+from nvfp4_utils.sites import SITES, find_sites  # noqa: E402
 from studies.runs import end_to_end  # noqa: E402
+from studies.runs.architectures import tiny_model  # noqa: E402
 from studies.runs.end_to_end import evaluate, evaluate_to  # noqa: E402
 from studies.runs.quantized import (  # noqa: E402
-    LINEARS,
     find_linears,
     quantize_on_device,
     quantized,
@@ -311,7 +311,6 @@ def test_only_one_kind_of_site(model):
 
 
 def test_labels_are_those_of_capture(model):
-    assert list(LINEARS) == list(SITES)
     assert set(find_linears(model)) == set(find_sites(model, tuple(SITES))) == set(LABELS)
     assert sum(len(linears) for linears in find_linears(model).values()) == 14
 
@@ -371,17 +370,48 @@ def test_the_model_is_restored_when_something_raises(where, monkeypatch):
 # ------------------------------------------------------------------------------------------ refusals
 
 
-def test_an_unknown_linear_is_refused_by_name():
+def test_a_linear_without_a_site_is_refused_by_name():
     model = llama()
     model.model.layers[0].mlp.extra = torch.nn.Linear(64, 64)
-    with raises("the linear 'model.layers.0.mlp.extra' belongs to no known site"):
+    message = "end-to-end evaluation does not cover model.layers.*.mlp.extra (1 in all): its forward"
+    with raises(message):
         find_linears(model)
+
+
+def test_experts_are_refused_by_name():
+    message = (
+        "end-to-end evaluation does not cover model.layers.*.mlp.gate (2 in all): MixtralTopKRouter"
+    )
+    with raises(message), quantized(tiny_model("Mixtral"), Setting("t", "c", "p", rule=PER_TOKEN)):
+        pass
+
+
+def test_a_kind_that_the_model_lacks_is_refused(model):
+    setting = Setting("t", "c", "p", only="x_proj_input", rule=PER_TOKEN)
+    message = (
+        "only is 'x_proj_input'; expected a kind or a label of the model's sites, such as ['layers.0."
+    )
+    with raises(message), quantized(model, setting):
+        pass
+
+
+def test_a_weight_that_is_stored_turned_is_quantized_along_its_input():
+    model = tiny_model("GPT-2")
+    linear = model.transformer.h[0].mlp.c_proj  # a Conv1D, [in, out]
+    weight = linear.weight.detach().clone()
+    with quantized(model, Setting("t", "c", "p", rule=PER_TOKEN, weights="nvfp4")):
+        got = linear.weight.detach().clone()
+    scale = fp32(weight.abs().max().item() / 2688)
+    rows = reference(weight.T.contiguous(), scale, "floor", weight.dtype, np.float32)
+    assert torch.equal(got, rows.view(weight.T.shape).T) and not torch.equal(got, weight)
+    assert torch.equal(linear.weight, weight)
 
 
 def test_a_linear_that_is_not_called_is_refused_by_name():
     model = llama()
     model.model.layers[1].mlp.forward = lambda x: x
-    with raises("3 linears are never called, ['model.layers.1.mlp.gate_proj'"):
+    message = "end-to-end evaluation does not cover model.layers.*.mlp.gate_proj,"
+    with raises(message):
         evaluate(model, tokens(), uncalibrated_settings("t"), progress=False)
 
 
@@ -413,7 +443,7 @@ def test_infinite_activations_are_refused_by_setting():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(only="lm_head"), "only is 'lm_head'; expected one of '', 'attention_input'"),
+        (dict(only="lm_head"), "only is 'lm_head'; expected '', a kind of site such as 'mlp_input'"),
         (dict(weights="int4"), "weights is 'int4'; expected one of 'bf16', 'nvfp4'."),
         (dict(rule="magic"), "rule is 'magic'; expected one of 'static'"),
         (dict(underflow="drop"), "underflow is 'drop'; expected 'flush'"),

@@ -196,7 +196,7 @@ def test_capture_runs_on_the_device(room, monkeypatch):
     mask[1, 10:] = 0
     ids = torch.randint(1, 97, (6, 32)) * mask
     batches = [{"input_ids": ids[i : i + 2], "attention_mask": mask[i : i + 2]} for i in (0, 2, 4)]
-    module = sys.modules["nvfp4_utils.hooks"]
+    module = sys.modules["nvfp4_utils.counters"]
     if not room:
         monkeypatch.setattr(module, "CLOSED_BYTES", 0)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))

@@ -70,23 +70,6 @@ def test_contents_list_the_notebooks_and_only_those() -> None:
     assert sorted(listed) == [path.stem for path in SOURCES]
 
 
-def test_controls_that_a_build_skips_redraw_when_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Executed without a browser, an Output widget hangs now and then (jupyter/nbclient issue 312).
-    pytest.importorskip("ipywidgets")
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    cells = code_cells(ROOT / "notebooks/explore.ipynb")
-    skipped = [cell for cell in cells if "skip-execution" in cell["metadata"].get("tags", [])]
-    assert len(skipped) == 1
-    names: dict[str, Any] = {}
-    for cell in (*cells[:2], *skipped):
-        exec("".join(cell["source"]), names)
-    drawn: list[str] = []
-    monkeypatch.setattr(names["plots"], "show", lambda figure, *, caption, alt: drawn.append(caption))
-    names["scale"].value = -3
-    names["pick_underflow"].value = "floor"
-    assert len(set(drawn)) == 2
-
-
 def write_notebook(path: Path, code: list[str], tagged: int = 1) -> Path:
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("papermill")

@@ -41,7 +41,9 @@ def test_readme_gives_the_two_commands() -> None:
     assert "make test" in readme
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize(
+    "name", ["requirements.txt", "requirements-dev.txt", "requirements-browser.txt"]
+)
 def test_requirements_are_pinned(name: str) -> None:
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     lines = [line for line in lines if line and not line.startswith(("#", "-r "))]

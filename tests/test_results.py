@@ -17,16 +17,18 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from nvfp4_utils import fake_quantize, input_scale_from_amax, policies  # noqa: E402
-from nvfp4_utils.hooks import SITES, hooked  # noqa: E402
+from nvfp4_utils.hooks import hooked  # noqa: E402
 from nvfp4_utils.quantize import (  # noqa: E402
     UNDERFLOWS,
     fake_quantize_reference,
     four_over_six_reference,
 )
+from nvfp4_utils.sites import SITES  # noqa: E402
 from studies.data import corpora, mixes  # noqa: E402
 from studies.pages import snr_tables  # noqa: E402
 from studies.runs import store  # noqa: E402
-from studies.runs.capture_run import CaptureSettings, capture_run  # noqa: E402
+from studies.runs.capture_run import capture_run  # noqa: E402
+from studies.runs.capture_settings import CaptureSettings  # noqa: E402
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "models" / "reference"
 SECOND = "documentation-only"
@@ -239,7 +241,7 @@ def test_an_interrupted_run_remembers_its_settings(runs, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("studies.runs.capture_run._calibration_stage", fail)
+        patch.setattr("studies.runs.capture_run.calibration_stage", fail)
         capture_run(str(runs / "model"), broken, SETTINGS, commit="none")
     message = rf"^{re.escape(str(broken))} was captured with other settings: batch was"
     with pytest.raises(ValueError, match=message):

@@ -12,7 +12,8 @@ import torch
 from scipy.stats import genpareto
 
 from nvfp4_utils import fake_quantize, input_scale_from_amax
-from nvfp4_utils.hooks import SITES, hooked
+from nvfp4_utils.hooks import hooked
+from nvfp4_utils.sites import SITES
 from studies import ROOT
 from studies.data import corpora
 from studies.pages import q1_more_calibration, replication, snr_tables, tails, weaknesses

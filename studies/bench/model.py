@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nvfp4_utils.hooks import SITES, capture
+from nvfp4_utils.hooks import capture
 from nvfp4_utils.policies import FROM_MARGINALS, calibrate
+from nvfp4_utils.sites import SITES
 from studies import ROOT
 from studies.data import corpora
 from studies.runs.store import write_table

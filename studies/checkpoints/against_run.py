@@ -41,7 +41,7 @@ def slack_table(scales: Iterable[Scale], run: Run, mix: str) -> pd.DataFrame:
     blocks alike, does.
     """
     scales = [s for s in scales if s.sound]
-    sites = site_readers(run.info, run.sites, {s.module.name for s in scales})
+    sites = site_readers(run.readers, {s.module.name for s in scales})
     policies = run.policies(mix).pivot_table(
         index="site", columns="policy", values="calibrated_amax", observed=True
     )

@@ -17,7 +17,7 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nvfp4_utils.policies import POLICIES
-from studies.runs.quantized import LINEARS
 from studies.runs.store import Run, provenance, write_json
 
 from .audit import chosen_mix
@@ -80,26 +79,6 @@ def policy_amaxes(run: Run, policy: str, mix: str) -> dict[str, float]:
     return dict(zip(rows.site.astype(str), rows.calibrated_amax.tolist(), strict=True))
 
 
-def linear_names(sites: Collection[str], info: Mapping) -> list[str]:
-    """The modules that read the sites: as the run stores them, else by Llama's names."""
-    if "readers" in info:
-        return [module for names in info["readers"].values() for module in names]
-    plain = {
-        "attention_input": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "o_proj_input": ("self_attn.o_proj",),
-        "mlp_input": ("mlp.gate_proj", "mlp.up_proj"),
-        "down_proj_input": ("mlp.down_proj",),
-    }
-    unknown = [site for site in sites if site.rsplit(".", 1)[1] not in plain]
-    if unknown:
-        raise ValueError(
-            f"no name is known for the linears that read {unknown[0]}; expected sites of "
-            f"{', '.join(plain)}. Give CHECKPOINT=, whose own names are used, or capture the run again."
-        )
-    return [f"model.{layer}.{name}" for layer, kind in (s.rsplit(".", 1) for s in sites)
-            for name in plain[kind]]  # fmt: skip
-
-
 def module_scales(run: Run, policy: str, mix: str, modules: Iterable[str] = ()) -> ModuleScales:
     """A policy's amax for every module, by default of the run's own model.
 
@@ -109,16 +88,17 @@ def module_scales(run: Run, policy: str, mix: str, modules: Iterable[str] = ()) 
         For a policy as ``policy_amaxes``, and for modules that read no site of the run.
     """
     by_site = policy_amaxes(run, policy, mix)
-    modules = list(modules) or linear_names(by_site, run.info)
-    sites = site_readers(run.info, by_site, modules)
+    readers = {site: names for site, names in run.readers.items() if site in by_site}
+    modules = list(modules) or [name for names in readers.values() for name in names]
+    sites = site_readers(readers, modules)
     amaxes, filled = fill_experts({m: by_site[site] for m, site in sites.items()}, modules)
     amaxes, moved = unify(amaxes)
     lost = [m for m in modules if m not in amaxes]
     if lost:
         raise ValueError(
             f"{len(lost)} of {len(modules)} modules read no site of run {run.name!r}, as {lost[0]}; "
-            f"expected linears as {', '.join(LINEARS.values())} of its {len(run.sites)} sites. Capture "
-            "a run of the same model, with those sites."
+            f"expected readers of its {len(run.sites)} sites, such as {next(iter(sites), 'none here')}. "
+            "Capture a run of the same model."
         )
     origin = {"run": run.name, "model": run.model_name, "mix": mix, "policy": policy}
     return ModuleScales(amaxes, sites, moved, filled, origin)

@@ -188,8 +188,8 @@ def presence_findings(
             f"{module.name}.{module.convention.leaf}", "missing",
             "error" if static == "yes" else "warning",
             "the weights are NVFP4 and no activation scale is stored: an engine runs it with whatever "
-            "its buffer holds, or refuses. Calibrate it; an expert never reached gets the largest of the "
-            "others (make export does). Rule: other modules have "
+            "its buffer holds, or refuses. Calibrate it; an expert never reached gets the largest of "
+            "the others (make export does). Rule: other modules have "
             f"one{', config.json allows some without' * (static == 'some')}.",
         )  # fmt: skip
     for module in modules.values():

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import torch
 
 from nvfp4_utils.quantize import AMAX_PER_SCALE, check_scale
-from studies.runs.quantized import LINEARS
 
 from .files import Checkpoint, StoredTensor
 
@@ -166,21 +165,15 @@ def fill_experts(
     return filled, given
 
 
-def site_readers(info: Mapping, sites: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
+def site_readers(readers: Mapping[str, Iterable[str]], modules: Iterable[str]) -> dict[str, str]:
     """Module -> the site it reads, of those ``modules`` that read one.
 
-    A run that stores ``readers`` (site -> modules) says so itself. Of another, modules are found by
-    layer and role, as models of Llama's, Qwen's and Gemma's names have them; experts' gate and up read
-    what the dense MLP's would. Prefixes such as ``language_model.`` do not matter.
+    ``readers``: site -> the linears that read it, as a run stores them. Prefixes such as
+    ``language_model.`` do not matter, and an expert reads what the fused parameter of its role reads.
     """
-    sites = set(sites)
-    stored = {_core(m): site for site, names in info.get("readers", {}).items() for m in names}
-    found = {}
-    for module in modules:
-        site = stored.get(_core(module)) or _site_by_name(module)
-        if site in sites:
-            found[module] = site
-    return found
+    known = {_core(name): site for site, names in readers.items() for name in names}
+    found = {module: known.get(_core(module)) or known.get(_fused(_core(module))) for module in modules}
+    return {module: site for module, site in found.items() if site}
 
 
 def _core(module: str) -> str:
@@ -189,11 +182,7 @@ def _core(module: str) -> str:
     return module[start:] if start >= 0 else module
 
 
-def _site_by_name(module: str) -> str:
-    core = re.sub(r"\.(?:mlp|block_sparse_moe)\.experts\.\d+\.(?:gate_proj|up_proj|w1|w3)$",
-                  ".mlp.gate_proj", _core(module))  # fmt: skip
-    for kind, pattern in LINEARS.items():
-        match = re.fullmatch(rf"layers\.(\d+)\.(?:{pattern})", core)
-        if match:
-            return f"layers.{match[1]}.{kind}"
-    return ""
+def _fused(expert: str) -> str:
+    """``mlp.experts.7.up_proj`` -> ``mlp.experts.gate_up_proj``, as transformers joins experts."""
+    name = re.sub(r"(?<=\.experts\.)\d+\.(?:gate_proj|up_proj|w1|w3)$", "gate_up_proj", expert)
+    return re.sub(r"(?<=\.experts\.)\d+\.(?:down_proj|w2)$", "down_proj", name)

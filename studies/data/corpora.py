@@ -14,7 +14,6 @@ both are disjoint from `training_text`.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -26,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from .mixes import FOLDER_STREAMS, MIXES, Member, Stream, quotas
-from .records import FOLDER_VARIABLE, content_of, folder_records, open_stream, opening_of
+from .records import content_of, corpora_folder, folder_records, open_stream, opening_of
 
 RESERVE_LENGTH = 512  # reserves count sequences of this many tokens, whatever length is asked for
 RECORDS_A_BATCH = 32
@@ -90,12 +89,6 @@ class Layout:
         """int32 [rows, length]."""
         filled = [row + [self.padding] * (self.length - len(row)) for row in rows]
         return torch.tensor(filled, dtype=torch.int32).view(len(rows), self.length)
-
-
-def corpora_folder(folder: str | Path | None = None) -> Path | None:
-    """The folder of text: the argument, else ``$NVFP4_CORPORA``, else None."""
-    found = folder or os.environ.get(FOLDER_VARIABLE)
-    return Path(found) if found else None
 
 
 # ------------------------------------------------------------------------ rendering and zoning
@@ -186,8 +179,8 @@ def _round_robin(parts: Sequence[Sequence[Any]]) -> list[Any]:
     return [p[i] for i in range(longest) for p in parts if i < len(p)]
 
 
-def _check_request(mix: str, calibration: int, test: int, layout: Layout) -> None:
-    if mix not in MIXES:
+def _check_request(mix: str, known: bool, calibration: int, test: int, layout: Layout) -> None:
+    if not known:
         raise ValueError(f"unknown mix {mix!r}. Known mixes: {', '.join(MIXES)}.")
     if calibration < 0 or test < 0 or calibration + test < 1 or layout.text < 1:
         raise ValueError(
@@ -220,22 +213,24 @@ def sequences(
     begin: Sequence[int] = (),
     packed: bool = True,
     folder: str | Path | None = None,
+    members: Sequence[Member] | None = None,
     allow_shortfall: bool = False,
     progress: bool = True,
 ) -> Sequences:
     """Return calibration and test sequences of `length` tokens from a named mix, as ``Layout`` says.
 
     `begin`: what every sequence begins with, `<bos>` where the model has one
-    (``studies.data.models.begins_with``).
+    (``studies.data.models.begins_with``). `members`: of a mix without an entry in `MIXES`, such as
+    ``studies.data.text_folder.members_of``; `mix` is then just its name.
 
     Raises ValueError for an unknown mix, for bad counts and, unless `allow_shortfall`, for a stream
     with fewer sequences than its quota; FileNotFoundError for a missing folder or file; OSError for
     a hub data set that cannot be read.
     """
     layout = Layout(length, tuple(begin), packed, getattr(tokenizer, "eos_token_id", 0) or 0)
-    _check_request(mix, calibration, test, layout)
+    _check_request(mix, mix in MIXES or members is not None, calibration, test, layout)
     root = corpora_folder(folder)
-    members = MIXES[mix]
+    members = MIXES[mix] if members is None else members
     plan = [
         (member, stream, {"calibration": n_calibration, "test": n_test})
         for member, row_c, row_t in zip(

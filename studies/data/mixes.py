@@ -14,11 +14,12 @@ EMBEDDED_MIX = "python-library"
 class Stream:
     """One ordered stream of records.
 
-    `kind` is "hub" (a Hugging Face id, streamed), "folder" (one `SOURCE.jsonl.gz`) or "embedded"
-    (text that every Python has). `field` names the record's text: "messages", "text", "article",
-    or "any" (messages where the record has them, else text). The reserves count sequences of 512
-    tokens. With `language`, only records of that language are used, from the zones of the whole
-    stream: so a single language's calibration text is part of the multilingual one's.
+    `kind` is "hub" (a Hugging Face id, streamed), "folder" (one `SOURCE.jsonl.gz`), "text folder" (any
+    text in the folder `SOURCE`) or "embedded" (text that every Python has). `field` names the record's
+    text: "messages", "text", "article", or "any" (messages where the record has them, else text). The
+    reserves count sequences of 512 tokens. With `language`, only records of that language are used,
+    from the zones of the whole stream: so a single language's calibration text is part of the
+    multilingual one's.
     """
 
     name: str

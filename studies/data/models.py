@@ -32,6 +32,9 @@ from .gguf_tokenizer import tokenizer_from_gguf
 WEIGHTS = "model.safetensors"
 PLAIN_CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}"
 ORIGIN = "origin.json"
+# What of a model's folder is loaded; what lies beside it, a README, makes no other model.
+LOADED = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "*.model", "vocab.*",
+          "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -288,25 +291,81 @@ def resolve(name_or_path: str | Path) -> str:
     return name
 
 
-def load(name_or_path: str | Path) -> tuple[Any, Any]:
-    """Return the model (bfloat16, evaluation mode, CPU) and its tokenizer, by name, folder or hub id.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a model before its weights are loaded.
 
-    A base model's tokenizer, which has no chat template, renders conversations as plain text.
+    `source`: as `resolve` says. `files`: name -> SHA-256 of what is loaded from a folder; `revision`:
+    the hub's commit, instead of these. `dtype`: what the checkpoint's configuration says, such as
+    "float32". `vocabulary`: ids that the model takes.
+    """
 
-    Raises
-    ------
-    FileNotFoundError
-        As `resolve`.
-    ValueError
-        If tensors of the checkpoint are missing, unexpected or of another shape than the model's.
+    source: str
+    files: dict[str, str]
+    revision: str
+    dtype: str
+    vocabulary: int
+
+
+def describe(name_or_path: str | Path) -> Checkpoint:
+    """Return what a name, folder or hub id stands for; raises as `resolve`, and OSError from the hub."""
+    source = resolve(name_or_path)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source)
+    text = config.get_text_config()
+    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
+    folder = Path(source)
+    found = {file for pattern in LOADED for file in folder.glob(pattern)} if folder.is_dir() else set()
+    return Checkpoint(
+        source,
+        {file.name: _sha256(file) for file in sorted(found)},
+        "" if folder.is_dir() else str(getattr(config, "_commit_hash", None) or "unknown"),
+        str(dtype).removeprefix("torch.") if dtype else "unknown",
+        text.vocab_size,
+    )
+
+
+def load_tokenizer(name_or_path: str | Path) -> Any:
+    """Return the tokenizer; a base model's, without a chat template, renders messages as plain text.
+
+    Raises FileNotFoundError as `resolve`, and if there is no tokenizer beside the model.
     """
     source = resolve(name_or_path)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        why = "" if tokenizer("The", add_special_tokens=False)["input_ids"] else "text becomes no tokens"
+    except ValueError as error:
+        why = str(error)
+    if why:
+        raise FileNotFoundError(
+            f"{source} holds no tokenizer that works; expected tokenizer.json, or what its tokenizer is "
+            f"loaded from, beside the weights: copy it from where the model came from. ({why})"
+        )
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_CHAT
-    return _network(source, use_safetensors=True), tokenizer
+    return tokenizer
+
+
+def load_network(name_or_path: str | Path) -> Any:
+    """Return the model alone, bfloat16, in evaluation mode, on the CPU; raises as `load`."""
+    return _network(resolve(name_or_path), use_safetensors=True)
+
+
+def load(name_or_path: str | Path) -> tuple[Any, Any]:
+    """Return the model (bfloat16, evaluation mode, CPU) and its tokenizer, by name, folder or hub id.
+
+    Raises
+    ------
+    FileNotFoundError
+        As `resolve` and `load_tokenizer`.
+    ValueError
+        If tensors of the checkpoint are missing, unexpected or of another shape than the model's.
+    """
+    tokenizer = load_tokenizer(name_or_path)
+    return load_network(name_or_path), tokenizer
 
 
 def _network(source: str | Path, **options: Any) -> Any:

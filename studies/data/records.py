@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The NVFP4 Calibration Book authors
-"""Records of text from the hub, from a folder and from Python itself, each stream in a fixed order."""
+"""Records of text from the hub, from folders and from Python itself, each stream in a fixed order."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import text_folder
 from .mixes import EMBEDDED_MIX, MIXES, STAND_INS, Stream
 
 FOLDER_VARIABLE = "NVFP4_CORPORA"
@@ -36,6 +37,9 @@ def open_stream(stream: Stream, folder: Path | None) -> tuple[dict[str, Any], It
     if stream.kind == "folder":
         data = _folder_path(stream, folder).read_bytes()
         return origin | {"file_sha256": hashlib.sha256(data).hexdigest()}, folder_records(stream, folder)
+    if stream.kind == text_folder.KIND:
+        source = Path(stream.source)
+        return origin | text_folder.origin_of(source), text_folder.text_records(source)
     return origin | {"python": platform.python_version()}, _embedded_records(stream)
 
 

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from nvfp4_utils.quantize import AMAX_PER_SCALE
+from nvfp4_utils.sites import kind_of
 from studies.checkpoints.against_run import LOSS_WARNING_DB, RANK_LIMIT, slack_table
 from studies.checkpoints.audit import audit, stored_scales
 from studies.checkpoints.breakages import BREAKAGES, convention_of, get, modules_of
@@ -25,8 +26,6 @@ from studies.checkpoints.large import mixture_skeleton
 from studies.checkpoints.scales import quantized_modules
 from studies.checkpoints.skeleton import Skeleton, build, load_skeleton
 from studies.runs.store import RESULTS, Run
-
-from . import snr_tables
 
 STORED = RESULTS / "checkpoints"
 MAKERS = {"modelopt": "ModelOpt", "llmcompressor": "llm-compressor"}
@@ -77,7 +76,7 @@ def slack(found: Mapping[str, Skeleton], run: Run, mix: str) -> pd.DataFrame:
 
 def slack_summary(table: pd.DataFrame) -> pd.DataFrame:
     """By tool and kind of site: sites, clipped ones, least slack to both sides, largest loss."""
-    kinds = table.site.map(snr_tables.site_kind)
+    kinds = table.site.map(kind_of)
     groups = table.groupby(["tool", kinds], sort=False)
     return pd.DataFrame(
         {
@@ -95,12 +94,12 @@ def slack_summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def draw_scales(table: pd.DataFrame) -> plt.Figure:
     """Stored amax by layer between the run's cliffs, a panel per kind of site."""
-    kinds = list(dict.fromkeys(table.site.map(snr_tables.site_kind)))
+    kinds = list(dict.fromkeys(table.site.map(kind_of)))
     fig, axes = plt.subplots(
         2, math.ceil(len(kinds) / 2), figsize=(8.4, 5.6), sharex=True, squeeze=False
     )
     for ax, kind in zip(axes.flat, kinds, strict=False):
-        rows = table[table.site.map(snr_tables.site_kind) == kind]
+        rows = table[table.site.map(kind_of) == kind]
         rows = rows.assign(layer=rows.site.str.extract(r"\.(\d+)\.")[0].astype(int)).sort_values("layer")
         one = rows.drop_duplicates("layer")
         low, high = one.amax / 2.0**one.saturation, one.amax * 2.0**one.underflow

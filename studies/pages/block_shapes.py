@@ -21,11 +21,12 @@ import torch
 from nvfp4_utils import quantize
 from nvfp4_utils.histogram import CODE_BITS, Marginals, codes_to_values
 from nvfp4_utils.quantize import BLOCK_SIZE, E2M1_MAX, UNDERFLOWS, Underflow, input_scale_from_amax
+from nvfp4_utils.sites import kind_of
 from nvfp4_utils.statistics import ActivationStatistics
 from studies.runs.store import Run
 
 from .regimes import nonzero_blocks, safe_window
-from .snr_tables import db, site_kind
+from .snr_tables import db
 
 STEPS = 64  # an octave of r; between grid points psi is taken as linear
 # From r = 24 on every element rounds to 0, as at r = 0.
@@ -180,7 +181,7 @@ def compare(run: Run, mix: str, family: Family, gaussian: Shape, step: float = 1
         curve, m = curve.iloc[first], run.marginals(mix, site, "test")
         amaxes, m2 = curve.calibrated_amax.to_numpy(), crest(m)
         rescaled = Shape(m2, gaussian.error * (m2 / gaussian.crest))
-        keys = {"mix": mix, "site": site, "kind": site_kind(site), "crest": m2,
+        keys = {"mix": mix, "site": site, "kind": kind_of(site), "crest": m2,
                 "calibrated_amax": amaxes, "octaves": np.log2(amaxes / safe_window(m)[0])}  # fmt: skip
         for u in UNDERFLOWS:
             predicted = predicted_mse(m, amaxes, u, [gaussian, rescaled, family.matching(m2)])

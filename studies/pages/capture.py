@@ -13,24 +13,24 @@ import pandas as pd
 from nvfp4_utils import SiteStatistics
 from nvfp4_utils.histogram import Marginals
 from nvfp4_utils.quantize import E4M3_NORMAL_RANGE
+from nvfp4_utils.sites import kind_of
 from studies.data import models
 
 from . import plots, regimes
-from .snr_tables import site_kind
 
 ROOM = "room (octaves)"
 
 
 def by_kind(sites: Mapping[str, object], kinds: list[str]) -> dict[str, list[str]]:
     """The sites of each kind, in their order."""
-    return {kind: [s for s in sites if site_kind(s) == kind] for kind in kinds}
+    return {kind: [s for s in sites if kind_of(s) == kind] for kind in kinds}
 
 
 def answer(table: pd.DataFrame, scope: str) -> str:
     """The page's answer from ``regimes.site_table``, simple HTML."""
     room = table[ROOM]
     safe, tight = room[room >= 0], table[room < 0]
-    kinds = " and ".join(sorted(set(tight.index.map(site_kind))))
+    kinds = " and ".join(sorted(set(tight.index.map(kind_of))))
     verdict = "Tame" if tight.empty else f"Tame but for {kinds}"
     if len(safe) < len(table) / 2:
         verdict = "Not tame"
@@ -60,9 +60,9 @@ def range_prose(table: pd.DataFrame, calibration: int) -> str:
 
 def draw_distributions(marginals: Mapping[str, Marginals]) -> plt.Figure:
     """Histograms of |x| and of block amaxes, a panel per site; dotted: where scales turn subnormal."""
-    fig, axes = plt.subplots(2, 2, figsize=(8.4, 5.4), sharex=True, sharey=True)
+    fig, axes = plt.subplots(2, 2, figsize=(8.2, 5.4), sharex=True, sharey=True)
     for ax, (site, m) in zip(axes.flat, marginals.items(), strict=False):
-        color = plots.KIND_COLORS.get(site_kind(site), "k")
+        color = plots.KIND_COLORS.get(kind_of(site), "k")
         for values, name, dashes in (
             (regimes.nonzero_elements(m), "|x|", "-"),
             (regimes.nonzero_blocks(m), "block amax", "--"),
@@ -96,7 +96,7 @@ def draw_layers(found: Mapping[str, SiteStatistics], kinds: Mapping[str, list[st
 
 def reconciliation(table: pd.DataFrame) -> str:
     """The prediction's quantities by site kind, Markdown."""
-    kinds = table.groupby(table.index.map(site_kind), sort=False)
+    kinds = table.groupby(table.index.map(kind_of), sort=False)
     rooms = ", ".join(f"{v:.1f} octaves at {k}" for k, v in kinds[ROOM].min().items())
     tails = ", ".join(f"{v:.2f} at {k}" for k, v in kinds["p99.99 / amax"].median().items())
     return (

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 
 from nvfp4_utils import ActivationStatistics, input_scale_from_amax
 from nvfp4_utils.quantize import E4M3_NORMAL_RANGE, UNDERFLOWS
@@ -110,6 +111,47 @@ def worked_prose(numbers: dict[str, float], calibrated_amax: float) -> str:
     )
 
 
+def draw_levels() -> plt.Figure:
+    """A tensor cut into blocks, a block into elements, an element into bits; each with its scale."""
+    fig, ax = plt.subplots(figsize=(5.2, 4.4))
+    ax.set(xlim=(0, 16), ylim=(0, 16.6))
+    ax.set_axis_off()
+    grey, picked = "0.93", "0.72"
+
+    def box(x, y, width, height, text="", color="w"):
+        ax.add_patch(plt.Rectangle((x, y), width, height, fc=color, ec="k", lw=0.8))
+        ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
+
+    def zoom(left, right, top, bottom):
+        for x, below in ((left, 0), (right, 16)):
+            ax.plot([x, below], [top, bottom], color="0.5", lw=0.8, ls=":")
+
+    def title(y, name, scale):
+        ax.text(0, y, name, weight="bold", va="bottom", fontsize=10)
+        ax.text(16, y, scale, ha="right", va="bottom", fontsize=9)
+
+    title(16, "tensor", "input_scale, FP32: fixed by calibration")
+    for row, column in np.ndindex(3, 4):
+        box(4 * column, 14.8 - row, 4, 1, "block" if (row, column) == (2, 1) else "",
+            picked if (row, column) == (2, 1) else grey)  # fmt: skip
+    zoom(4, 8, 12.8, 9.6)
+    title(9.7, "block of 16 elements", "block scale, E4M3: 8 bits, set at inference")
+    for i in range(16):
+        box(i, 8.4, 1, 1.2, "x" if i == 5 else "", picked if i == 5 else grey)
+    zoom(5, 6, 8.4, 4.6)
+    title(4.7, "element", "E2M1: 4 bits, set at inference")
+    for i, text in enumerate(("sign", "exponent", "exponent", "mantissa")):
+        box(4 * i, 3.2, 4, 1.4, text, grey)
+    ax.text(8, 1.2, "value ≈ element × block scale × input_scale", ha="center", fontsize=10)
+    return fig
+
+
+def block_settings(block: torch.Tensor, calibrated_amax: float) -> dict:
+    """What the element ``block`` of ``interactive`` needs: where it begins, its ends in octaves."""
+    values = block.to(torch.float32).tolist()
+    return {"block": values, "amax": calibrated_amax, "underflow": "flush", "range": [-4, 20]}
+
+
 def draw_range(s: Sweep, statistics: ActivationStatistics) -> plt.Figure:
     """SNR against calibrated amax under both conventions, over the regimes of the block scales."""
     fig, ax = plt.subplots(figsize=(7.2, 4.4))
@@ -133,8 +175,8 @@ def draw_ripple(statistics: ActivationStatistics, low: float) -> plt.Figure:
     """SNR over the first octave of the plateau, with two higher ones on it."""
     fig, ax = plt.subplots(figsize=(7.2, 3.4))
     for octave, color, marker, every in (
-        (0, "#0072B2", "", 1),
-        (6, "#D55E00", "o", 16),
+        (0, "0.5", "", 1),
+        (6, "k", "o", 16),
         (10, "k", "x", 16),
     ):
         snr = statistics.snr_db(input_scale_from_amax(low * 2 ** (WITHIN + octave)))

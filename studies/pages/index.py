@@ -4,7 +4,7 @@
 
     python -m studies.pages.index
 
-rewrites the results block and the figure of README.md.
+rewrites the results block and the figure of README.md, and the picture that links to the pages show.
 """
 
 from __future__ import annotations
@@ -13,14 +13,27 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
+from nvfp4_utils import input_scale_from_amax, policies
+from nvfp4_utils.quantize import E4M3_NORMAL_RANGE
 from studies import ROOT
 from studies.runs.store import Run
 
-from . import loss_tables, plots, q1_more_calibration, q2_which_policy, q3_which_dataset, what_to_set
+from . import (
+    interactive,
+    loss_tables,
+    plots,
+    q1_more_calibration,
+    q2_which_policy,
+    q3_which_dataset,
+    snr_tables,
+    what_to_set,
+)
 
 README = ROOT / "README.md"
 FIGURE = ROOT / "book" / "_static" / "headline.svg"
+CARD = ROOT / "book" / "_static" / "card.png"
 MARKERS = "<!-- results: python -m studies.pages.index -->", "<!-- end of results -->"
 QUESTIONS = {
     "Does more calibration always help?": q1_more_calibration,
@@ -41,6 +54,18 @@ def sentences(runs: Sequence[Run]) -> list[str]:
 def scope(runs: Sequence[Run]) -> str:
     """What the answers are measured on, and what they are not, Markdown."""
     return f"Scope: {loss_tables.scope(runs)}. {q2_which_policy.published_accuracy()} {NOT_HERE}"
+
+
+def certainty(runs: Sequence[Run]) -> str:
+    """How sure the recommendation is, Markdown."""
+    runs = tuple(runs)
+    policy, noise = what_to_set.chosen(runs), max(what_to_set.noise_floor(runs).values())
+    best, plain = (what_to_set.worst(runs, p).percent for p in (policy, "amax"))
+    return (
+        f"**How sure?** Over every text tried on {len(runs)} small models, this changes the KL "
+        f"divergence from the unquantized model by at most {best:+.1f} %, the plain "
+        f"amax by up to {plain:+.0f} %; {noise:.1f} % is chance. {NOT_HERE}"
+    )
 
 
 def octaves_above(run: Run, policy: str) -> float:
@@ -89,6 +114,72 @@ def figure(runs: Sequence[Run]) -> tuple[plt.Figure, str, str]:
     return fig, caption, alt
 
 
+def telling_case(runs: Sequence[Run]) -> interactive.Case:
+    """Where a foreign calibration by amax costs most: the pair of mixes by KL, its site by SNR.
+
+    By SNR alone without KL; the featured site of the first run where no run holds two mixes.
+    """
+    crossed = [run for run in runs if len(run.mixes) > 1]
+    pairs = {
+        run: q3_which_dataset.worst_pair(run, "amax") for run in crossed if loss_tables.has_loss(run)
+    }
+    losses = {run: snr_tables.foreign_losses(run) for run in pairs or crossed}
+    if not losses:
+        first = runs[0]
+        return interactive.Case(first, first.featured[0], first.featured_mix, first.featured_mix)
+    if pairs:
+        run = max(pairs, key=lambda run: pairs[run][0][0])
+        _, calibration, test = pairs[run]
+        lost = losses[run]
+        lost = lost[(lost.calibration == calibration) & (lost.test == test)]
+    else:
+        run = max(losses, key=lambda run: losses[run].loss_db.max())
+        lost = losses[run]
+    top = lost.loc[lost.loss_db.idxmax()]
+    return interactive.Case(run, str(top.site), str(top.calibration), str(top.test))
+
+
+def case_prose(case: interactive.Case) -> str:
+    """Why ``telling_case`` is shown, one sentence, Markdown."""
+    if case.calibration == case.test:
+        return "One site, calibrated and tested on one text. Drag the scale, or press a policy."
+    what = "the model's output" if loss_tables.has_loss(case.run) else "SNR"
+    pair = f"the amax of {case.calibration} costs {what} most on {case.test}"
+    return (
+        f"Of the pairs of texts measured, {pair}; below, the site that loses most. Drag the scale, or "
+        "press a policy."
+    )
+
+
+def block_numbers(case: interactive.Case) -> dict[str, float]:
+    """What ``calculator`` takes: p1, p99.99 and amax of a case's nonzero block amaxes in calibration."""
+    marginals = case.run.marginals(case.calibration, case.site)
+    upper = marginals.block_amax_percentile(99.99, above=0.0)
+    anchor = marginals.block_amax_percentile(1.0, above=upper / policies.ANCHOR_FLOOR)
+    return {"p1": anchor, "p9999": upper, "amax": marginals.amax}
+
+
+def calculator(p1: float, p9999: float, amax: float) -> pd.DataFrame:
+    """Scales from three numbers of the nonzero block amaxes, and the octaves of room around each.
+
+    ``room = log2(28672 p1 / amax)``: how far the amax may be raised before over 1 % of the blocks are
+    subnormal. Columns: the amax; the amax raised by half of that, if there is any; headroom.
+    """
+    room = np.log2(E4M3_NORMAL_RANGE * p1 / amax)
+    rows = {
+        "amax": amax,
+        "middle of the room": amax * 2 ** (max(room, 0) / 2),
+        "headroom": float(np.float32(max(16384 * p1, p9999))),
+    }
+    table = pd.DataFrame({"calibrated amax": rows})
+    scale = [input_scale_from_amax(float(a)) for a in table["calibrated amax"]]
+    return table.assign(**{
+        "input_scale": scale, "1 / input_scale": 1 / np.array(scale),
+        "octaves above the largest block": np.log2(table["calibrated amax"] / amax),
+        "octaves until p1 is subnormal": np.log2(E4M3_NORMAL_RANGE * p1 / table["calibrated amax"]),
+    }).T  # fmt: skip
+
+
 def readme_block(runs: Sequence[Run]) -> str:
     """The results block of README.md, Markdown."""
     numbered = [f"{i}. {line}" for i, line in enumerate(sentences(runs), 1)]
@@ -105,6 +196,9 @@ def main() -> None:
     fig, _, _ = figure(runs)
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(FIGURE, metadata={"Date": None})
+    fig.suptitle("How should the input_scale of NVFP4 activations be calibrated?")
+    fig.set_size_inches(7.2, 3.78)  # 1200 by 630 pixels, what social cards ask for
+    fig.savefig(CARD, dpi=1200 / 7.2, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ import numpy as np
 import pandas as pd
 
 from nvfp4_utils.histogram import Marginals
-from nvfp4_utils.hooks import SITES
 from nvfp4_utils.quantize import E4M3_NORMAL_RANGE
+from nvfp4_utils.sites import SITES, kind_of
 from studies.runs.store import Run
+from studies.runs.subsets import doublings, seen_law
 
-from . import plots, regimes, snr_tables
+from . import plots, regimes
 
 FACTOR = 32.0  # times the median token's amax, from which a site's amax counts as massive
-NEAR = 0.9  # of the pool's amax: a sequence this close has shown calibration what it needs
 RUNS = {"smollm2": "smollm2", "gemma3": "gemma3", "reference": ""}
 ANCHORS = {"smallest": None, "p0.1": 0.1, "p1": 1.0}  # block amax at the lower end of the window
 CLIPPER = "p99.99"  # the percentile that is also stored for one kind of site at a time
@@ -96,28 +96,6 @@ def check(runs: Mapping[str, Run]) -> int:
                     f"{model} {site}: largest token {amax}, pool and policy {known}; expected equal."
                 )
     return sum(len(run.policies(run.featured_mix).site.unique()) for run in runs.values())
-
-
-def seen_law(amaxes: np.ndarray, sizes, near: float = NEAR) -> pd.DataFrame:
-    """What ``n`` random sequences of a pool show of its amax, exactly: columns n, share, probability.
-
-    Without replacement, the largest of n is at most the i-th smallest with probability C(i, n) /
-    C(N, n). share: its mean over the pool's amax; probability: that one of the n comes within ``near``.
-    """
-    ordered = np.sort(np.asarray(amaxes, dtype=float))
-    total, below = len(ordered), int((ordered < near * ordered[-1]).sum())
-    rows = []
-    for n in sizes:
-        ways = math.comb(total, n)
-        at_most = np.array([math.comb(i, n) / ways for i in range(total + 1)])
-        share = float((np.diff(at_most) * ordered).sum() / ordered[-1])
-        rows.append((n, share, 1 - math.comb(below, n) / ways))
-    return pd.DataFrame(rows, columns=["n", "share", "probability"])
-
-
-def doublings(total: int) -> list[int]:
-    """1, 2, 4 ... up to the total, which is the last."""
-    return sorted({2**k for k in range(total.bit_length()) if 2**k <= total} | {total})
 
 
 def seen_table(run: Run, sites: list[str]) -> dict[str, pd.DataFrame]:
@@ -209,12 +187,12 @@ def window_table(runs: Mapping[str, Run], tables: Mapping[str, pd.DataFrame]) ->
     rows = {}
     for model, run in runs.items():
         costs = octave_costs(run)
-        kinds = costs.groupby(costs.index.map(snr_tables.site_kind))[0.0].median()
+        kinds = costs.groupby(costs.index.map(kind_of))[0.0].median()
         for site, row in tables[model].query("smallest < 0").sort_values("smallest").iterrows():
             of = costs.loc[site]
             rows[model, site] = {
                 "massive": "yes" if row.massive else "no", **row[list(ANCHORS)],
-                "KL at amax": of[0.0], "median of the kind": kinds[snr_tables.site_kind(str(site))],
+                "KL at amax": of[0.0], "median of the kind": kinds[kind_of(str(site))],
                 **{f"KL at {k:+g}": of[k] for k in (-1.0, 4.0, 8.0, 12.0)},
             }  # fmt: skip
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -245,12 +223,12 @@ def layout_table(runs: Mapping[str, Run]) -> pd.DataFrame:
 
 def draw_sites(tables: Mapping[str, pd.DataFrame], factor: float) -> plt.Figure:
     """Amax over the median token's, by layer; a marker per kind of site, massive ones in black."""
-    fig, axes = plt.subplots(1, len(tables), figsize=(8.4, 3.6), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(tables), figsize=(8.2, 3.6), sharey=True, squeeze=False)
     markers = dict(zip(SITES, "^svo", strict=True))
     for ax, (model, table) in zip(axes.flat, tables.items(), strict=True):
         layer = table.index.str.extract(r"\.(\d+)\.")[0].astype(int).to_numpy()
         for kind, marker in markers.items():
-            one = table.index.map(snr_tables.site_kind) == kind
+            one = table.index.map(kind_of) == kind
             color = np.where(table.massive[one], "#000000", "#999999")
             ax.scatter(layer[one], table.over_token[one], s=16, c=color, marker=marker, label=kind)
         ax.axhline(factor, color="k", lw=0.8, ls=":")
@@ -264,7 +242,7 @@ def draw_sites(tables: Mapping[str, pd.DataFrame], factor: float) -> plt.Figure:
 
 def draw_seen(seen: Mapping[str, pd.DataFrame]) -> plt.Figure:
     """Expected share of the pool's amax, and the probability of a near one, by sequences."""
-    fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True, sharex=True)
+    fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.4), sharey=True, sharex=True)
     for (site, law), color, dashes in zip(seen.items(), 2 * GREYS, 2 * DASHES, strict=False):
         look = {"color": color, "linestyle": dashes}
         axes[0].plot(law.n, law.share, marker="o", ms=3, label=site, **look)
@@ -290,7 +268,7 @@ def answer(runs: Mapping[str, Run], factor: float = FACTOR) -> str:
             "that of the median token.</strong>"
         )
     others = sum(len(massive_sites(t)) for name, t in tables.items() if name != model)
-    kinds = " and ".join(sorted({snr_tables.site_kind(site) for site in sites}))
+    kinds = " and ".join(sorted({kind_of(site) for site in sites}))
     first = tables[model]["first"][sites].min()
     costs = clipping_costs(runs)[f"{CLIPPER} / amax"]
     return (

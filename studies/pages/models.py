@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
+from nvfp4_utils.sites import layer_of
 from studies import ROOT
 from studies.data import models as pretrained
 from studies.runs.store import Run, sha256_of
@@ -119,7 +120,7 @@ def origin_table(runs: Mapping[str, Run]) -> pd.DataFrame:
             "weights": "values of 4 to 8 bits, dequantized to bfloat16"
             if model.wheels
             else "trained and stored in bfloat16",
-            "layers": len({site.rsplit(".", 1)[0] for site in run.sites}),
+            "layers": len(set(map(layer_of, run.sites))),
             "sites measured": f"{len(run.sites)}: {', '.join(run.kinds)}",
         }
     return pd.DataFrame(table)

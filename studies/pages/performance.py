@@ -298,7 +298,7 @@ def versions(log: dict) -> pd.DataFrame:
 
 def draw_ladder(table: pd.DataFrame) -> plt.Figure:
     """Measured and predicted time of each version, a panel per ladder; histograms on a log axis."""
-    fig, axes = plt.subplots(1, table.ladder.nunique(), figsize=(9.6, 4.4), squeeze=False)
+    fig, axes = plt.subplots(1, table.ladder.nunique(), figsize=(8.2, 4.4), squeeze=False)
     for ax, (name, rows) in zip(axes[0], table.groupby("ladder", sort=False), strict=True):
         at = np.arange(len(rows))
         ax.vlines(at, rows.predicted, rows.measured, colors=rows.kept.map(KEPT), linewidth=1)

@@ -12,10 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from nvfp4_utils.sites import kind_of
 from studies.runs.layer_ratios import TARGET
 from studies.runs.store import RESULTS, Run
-
-from . import snr_tables
 
 RUNS = {"smollm2": "smollm2", "gemma3": "gemma3", "reference": ""}
 TEXT = "ref-"  # the published sets that are amaxes of other text than the reference set's
@@ -56,7 +55,7 @@ def _long(wide: pd.DataFrame, model: str, compared: str) -> pd.DataFrame:
     """model, site (its kind), layer, compared, set, ratio from ratios of sites by set."""
     table = wide.rename_axis(index="name", columns="set").stack().rename("ratio").reset_index()
     layer = table.name.astype(str).str.extract(r"\.(\d+)\.")[0].astype(int)
-    kind = table.name.astype(str).map(snr_tables.site_kind)
+    kind = table.name.astype(str).map(kind_of)
     table = table.assign(model=model, layer=layer, site=kind, compared=compared)
     return table[["model", "site", "layer", "compared", "set", "ratio"]]
 
@@ -172,7 +171,7 @@ def accuracy_table(ratios: pd.DataFrame) -> pd.DataFrame:
 def draw_layers(ratios: pd.DataFrame) -> plt.Figure:
     """Ratio by layer, a panel per model; down_proj inputs black, MLP inputs grey, a marker per set."""
     models = list(dict.fromkeys(ratios.model))
-    fig, axes = plt.subplots(1, len(models), figsize=(8.4, 3.6), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(models), figsize=(8.2, 3.6), sharey=True, squeeze=False)
     shades = {"mlp_input": "#999999", "down_proj_input": "#000000"}
     for ax, model in zip(axes.flat, models, strict=True):
         rows = of_text(ratios)[lambda t, model=model: t.model == model]
@@ -191,7 +190,7 @@ def draw_layers(ratios: pd.DataFrame) -> plt.Figure:
 
 def draw_exceedance(ratios: pd.DataFrame, own: pd.DataFrame) -> plt.Figure:
     """Share of down_proj inputs whose ratio exceeds 2**octaves, by model and what is compared."""
-    fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), sharex=True, sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.6), sharex=True, sharey=True)
     at = np.linspace(-1, 4, 201)
     looks = (("#000000", "-"), ("#555555", "--"), ("#999999", ":"))
     own = own[own.compared == TEXTS]

@@ -14,6 +14,7 @@ import pandas as pd
 import seaborn as sns
 
 from nvfp4_utils import policies
+from nvfp4_utils.sites import kind_of
 from studies.runs import synthetic
 from studies.runs.store import Run
 
@@ -176,7 +177,7 @@ def loss_table(sizes: pd.DataFrame) -> pd.DataFrame:
 
 def kind_table(sizes: pd.DataFrame, shown: tuple[int, ...] = (1, 8, 64, 512)) -> pd.DataFrame:
     """SNR (dB) at some sizes and of the whole pool: mean over the sites of a kind, a row each."""
-    table = sizes.assign(kind=sizes.site.map(snr_tables.site_kind))
+    table = sizes.assign(kind=sizes.site.map(kind_of))
     table = table[table.n.isin([*shown, sizes.n.max()])]
     table = table.pivot_table(index="kind", columns="n", values="snr_db", sort=False)
     return table.sort_index(axis=1).rename_axis(index=None)
@@ -211,7 +212,7 @@ def harm_table(run: Run, mix: str, underflow: str, loss_db: float = HARM_DB) -> 
 def size_figure(sizes: pd.DataFrame) -> plt.Figure:
     """SNR minus the whole pool's against sequences: a panel per kind, a line and a band per site."""
     last = sizes.groupby("site", sort=False).snr_db.transform("last")
-    shown = sizes.assign(kind=sizes.site.map(snr_tables.site_kind), change=sizes.snr_db - last,
+    shown = sizes.assign(kind=sizes.site.map(kind_of), change=sizes.snr_db - last,
                          low=sizes.snr_low - last, high=sizes.snr_high - last)  # fmt: skip
     color, kinds = plots.POLICY_STYLE["amax"].color, list(dict.fromkeys(shown.kind))
     fig, axes = plt.subplots(-(-len(kinds) // 2), 2, figsize=(7.2, 4.8), sharex=True, sharey=True,
@@ -234,7 +235,7 @@ def size_figure(sizes: pd.DataFrame) -> plt.Figure:
 
 def policy_figure(curves: pd.DataFrame) -> plt.Figure:
     """Distance to the oracle against sequences, a line per policy and a panel per convention."""
-    fig, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.6), sharey=True)
     for ax, (convention, style) in zip(axes, plots.UNDERFLOW_STYLE.items(), strict=True):
         for policy, curve in curves.groupby("policy", observed=True):
             plots.policy_line(ax, policy, curve.n, -curve[f"gap_{convention}"])
@@ -251,7 +252,7 @@ def policy_figure(curves: pd.DataFrame) -> plt.Figure:
 def share_table(sizes: pd.DataFrame) -> pd.DataFrame:
     """Median amax over the whole pool's by size: mean over the sites of a kind, a column each."""
     share = sizes.assign(
-        kind=sizes.site.map(snr_tables.site_kind),
+        kind=sizes.site.map(kind_of),
         share=sizes.amax / sizes.groupby("site", sort=False).amax.transform("last"),
     )
     return share.pivot_table(index="n", columns="kind", values="share", sort=False)
@@ -278,7 +279,7 @@ def share_figure(shares: pd.DataFrame) -> plt.Figure:
 
 def synthetic_figure(study: pd.DataFrame) -> plt.Figure:
     """SNR against calibration elements on the study's distributions, both conventions."""
-    fig, axes = plt.subplots(2, 4, figsize=(9.6, 5), sharex=True)
+    fig, axes = plt.subplots(2, 4, figsize=(8.2, 5), sharex=True)
     for ax, (name, one) in zip(axes.flat, study.groupby("distribution", sort=False), strict=False):
         for convention, style in plots.UNDERFLOW_STYLE.items():
             ax.plot(one.n, one[f"snr_db_{convention}"], color=style.color, ls=style.linestyle,

@@ -15,6 +15,7 @@ import seaborn as sns
 
 from nvfp4_utils.policies import ANCHOR_FLOOR, POLICIES
 from nvfp4_utils.quantize import UNDERFLOWS
+from nvfp4_utils.sites import kind_of
 from studies.runs import synthetic
 from studies.runs.store import Run
 
@@ -64,7 +65,7 @@ class Answer:
     def text(self) -> str:
         """The numbers behind the verdict, in up to three sentences."""
         if not self.change:
-            return "`python -m studies.runs.capture_run --end-to-end` measures it."
+            return "`make capture ... END_TO_END=1` measures it."
         clip = [c["p99.99"][0] for c in self.change.values()]
         said = (
             f"Clipping at p99.99 changes the KL divergence by {loss_tables.span(clip, '+.0f')} % "
@@ -212,7 +213,7 @@ def smallest_gap(results: dict[str, pd.DataFrame]) -> float:
 
 def gap_figure(results: dict[str, pd.DataFrame], shown: list[str]) -> plt.Figure:
     """Distance to the oracle by policy, a point per site and a bar at the mean."""
-    fig, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(8.2, 4.2), sharey=True)
     np.random.seed(0)  # seaborn draws its jitter from here
     for ax, (convention, result) in zip(axes, results.items(), strict=True):
         drawn = result.assign(gap_db=result.gap_db.clip(lower=SHOWN_FROM))
@@ -231,7 +232,7 @@ def gap_figure(results: dict[str, pd.DataFrame], shown: list[str]) -> plt.Figure
 
 def kind_gaps(result: pd.DataFrame, shown: list[str]) -> pd.DataFrame:
     """Mean distance to the oracle (dB), a row per policy and a column per kind of site."""
-    table = result.assign(kind=result.site.map(snr_tables.site_kind))
+    table = result.assign(kind=result.site.map(kind_of))
     table = table.pivot_table(index="policy", columns="kind", values="gap_db", observed=True)
     return table.loc[shown].rename_axis(index=None, columns=None)
 
@@ -275,7 +276,7 @@ def ends_table(ends: pd.DataFrame, shown: list[str]) -> pd.DataFrame:
 
 def landing_figure(run: Run, mix: str, sites: list[str]) -> plt.Figure:
     """Test SNR against calibrated amax at two sites, with every policy's place."""
-    fig, axes = plt.subplots(1, len(sites), figsize=(9.6, 4), squeeze=False)
+    fig, axes = plt.subplots(1, len(sites), figsize=(8.2, 4), squeeze=False)
     for ax, site in zip(axes.flat, sites, strict=True):
         curve = run.curve(mix, site)
         for convention, style in plots.UNDERFLOW_STYLE.items():

@@ -14,6 +14,7 @@ import pandas as pd
 import seaborn as sns
 
 from nvfp4_utils.policies import POLICIES
+from nvfp4_utils.sites import kind_of
 from studies.runs.store import Run
 
 from . import loss_tables, plots, snr_tables
@@ -163,7 +164,7 @@ def square(run: Run, cross: pd.DataFrame, values: str = "loss_db", how: str = "m
 
 def matrix_figure(mean: pd.DataFrame, worst: pd.DataFrame) -> plt.Figure:
     """Heat map of the mean loss, each cell with the worst site's in brackets."""
-    fig, ax = plt.subplots(figsize=(8.4, 5.6))
+    fig, ax = plt.subplots(figsize=(8.2, 5.6))
     limit = max(0.02, float(np.abs(mean.to_numpy()).max()))
     pairs = zip(mean.to_numpy().flat, worst.to_numpy().flat, strict=True)
     labels = np.array([f"{m:.3f}\n({w:.2f})" for m, w in pairs]).reshape(mean.shape)
@@ -226,7 +227,7 @@ def after_norm(runs: Sequence[Run]) -> str:
     found = []
     for run in (run for run in runs if len(run.mixes) > 1):
         losses = snr_tables.foreign_losses(run)
-        losses = losses[losses.site.map(snr_tables.site_kind).isin(AFTER_NORM)]
+        losses = losses[losses.site.map(kind_of).isin(AFTER_NORM)]
         if len(losses):
             top = losses.loc[losses.loss_db.idxmax()]
             found.append(f"{top.loss_db:.2f} dB at {loss_tables.site_of(top.site, run)}")
@@ -256,7 +257,7 @@ def as_many(broad: str) -> str:
 def ratio_figure(ratio: pd.DataFrame) -> plt.Figure:
     """Loss against calibration amax over the test pool's, a marker per kind of site."""
     fig, ax = plt.subplots()
-    kinds = ratio.site.map(snr_tables.site_kind).rename("kind")
+    kinds = ratio.site.map(kind_of).rename("kind")
     styles = {kind: plots.kind_style(kind) for kind in kinds.unique()}
     sns.scatterplot(ratio, x="amax_ratio", y="loss_db", hue=kinds, style=kinds, s=14, alpha=0.7, ax=ax,
                     palette={k: s.color for k, s in styles.items()},

@@ -25,6 +25,7 @@ from nvfp4_utils.quantize import (
     input_scale_from_amax,
     round_e2m1,
 )
+from nvfp4_utils.sites import kind_of
 from nvfp4_utils.statistics import ActivationStatistics
 from studies.runs.scoring import UNDERFLOW_START, block_shares
 from studies.runs.store import Run
@@ -188,20 +189,32 @@ def clip_and_flush(run: Run, mix: str) -> pd.DataFrame:
 def draw_site(
     run: Run, mix: str, site: str, underflow: str = "flush", calibrated_amax: float | None = None
 ) -> tuple[plt.Figure, str]:
-    """One site of a run at one calibrated amax (default: the amax policy's): figure and a caption.
-
-    Above, SNR of the test pool against calibrated amax with every policy's place; below, how the
-    test pool's block amaxes fall into the regimes at this amax.
-    """
+    """One site of a run at one calibrated amax (default: the amax policy's): figure and a caption."""
     landed = policies_at(run, mix, site, underflow)
     if calibrated_amax is None:
         calibrated_amax = float(landed[landed.policy == "amax"].calibrated_amax.iloc[0])
-    marginals = run.marginals(mix, site, "test")
-    curve = run.curve(mix, site)
-    snr = snr_tables.curve_snr(run, mix, site, underflow, curve.calibrated_amax.to_numpy())
-    here = float(snr_tables.curve_snr(run, mix, site, underflow, [calibrated_amax])[0])
+    amaxes = run.curve(mix, site).calibrated_amax.to_numpy()
+    snr = snr_tables.curve_snr(run, mix, site, underflow, np.append(amaxes, calibrated_amax))
+    curve = pd.Series(snr[:-1], amaxes)
+    return draw_scale(landed, curve, run.marginals(mix, site, "test"), calibrated_amax, float(snr[-1]),
+                      f"{site} ({mix}, {underflow})")  # fmt: skip
+
+
+def draw_scale(
+    landed: pd.DataFrame,
+    curve: pd.Series,
+    marginals: Marginals,
+    calibrated_amax: float,
+    here: float,
+    name: str,
+) -> tuple[plt.Figure, str]:
+    """One tensor at one calibrated amax, where its SNR is ``here`` (dB): figure and a caption.
+
+    Above, ``curve``, the SNR by calibrated amax, with every policy's place of ``landed`` (policy,
+    calibrated_amax, snr_db); below, how the block amaxes fall into the regimes at this amax.
+    """
     fig, (top, bottom) = plt.subplots(2, 1, figsize=(7.2, 6.4), height_ratios=[3, 2])
-    top.plot(curve.calibrated_amax, snr, color="#666666", lw=1)
+    top.plot(curve.index, curve, color="#666666", lw=1)
     for row in landed.itertuples():
         style = plots.POLICY_STYLE[row.policy]
         top.plot(row.calibrated_amax, row.snr_db, style.marker, color=style.color, ms=7, mec="k",
@@ -211,7 +224,7 @@ def draw_site(
     shade_scale_axis(top, marginals)
     top.axvline(calibrated_amax, color="k", lw=1, ls=":")
     top.set_xlabel("calibrated amax (log2 axis)")
-    top.set_ylabel(f"test SNR (dB), {underflow}")
+    top.set_ylabel("test SNR (dB)")
     top.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="policy, SNR (dB)")
     values, counts = nonzero_blocks(marginals)
     edges, share = octave_histogram(values, counts)
@@ -225,8 +238,8 @@ def draw_site(
     bottom.set_ylabel("blocks (%) per half octave")
     shares = block_regimes(marginals, calibrated_amax)
     caption = (
-        f"At a calibrated amax of {calibrated_amax:.4g} the test SNR of {site} is {here:.2f} dB "
-        f"({mix}, {underflow}); of its nonzero blocks "
+        f"At a calibrated amax of {calibrated_amax:.4g} the test SNR of {name} is {here:.2f} dB; of its "
+        "nonzero blocks "
         + ", ".join(f"{100 * shares[r]:.4g} % are {label}" for r, label in _STATES.items())
         + "."
     )
@@ -265,5 +278,5 @@ def kind_table(table: pd.DataFrame) -> pd.DataFrame:
         low, high = column.min(), column.max()
         return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
 
-    kinds = table.index.map(snr_tables.site_kind)
+    kinds = table.index.map(kind_of)
     return table.groupby(kinds, sort=False).agg(spread).rename_axis(None)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from nvfp4_utils.sites import kind_of, layer_of
 from studies.data import distributions
 from studies.data.mixes import STAND_INS
 from studies.runs import synthetic
@@ -92,7 +93,7 @@ def outlier_rows(tolerance: float) -> pd.DataFrame:
 
 def site_of(run: Run, layer: int) -> str:
     """The reference model's counterpart of the study's layers 0 and 31: first and last MLP input."""
-    layers = [int(s.split(".")[1]) for s in run.sites if s.endswith(".mlp_input")]
+    layers = [layer_of(s) or 0 for s in run.sites if kind_of(s) == "mlp_input"]
     return f"layers.{min(layers) if layer == 0 else max(layers)}.mlp_input"
 
 

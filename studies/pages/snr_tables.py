@@ -32,11 +32,6 @@ def db(ratio):
         return 10 * np.log10(ratio)
 
 
-def site_kind(site: str) -> str:
-    """``layers.3.mlp_input`` -> ``mlp_input``."""
-    return site.rsplit(".", 1)[-1]
-
-
 def scored_policies(run: Run, mix: str) -> list[str]:
     """The policies that a run scored on ``mix``, in the order of ``POLICIES``, without the oracle."""
     scored = set(run.errors(mix).policy)
@@ -258,6 +253,15 @@ def paired_difference(run: Run, mix: str, base: str, policy: str, underflow: str
     mean_low, mean_high = _interval(gain[:, 1:].mean(0))
     return {"mean": float(gain[:, 0].mean()), "low": mean_low, "high": mean_high,
             "better": int((low > 0).sum()), "worse": int((high < 0).sum())}  # fmt: skip
+
+
+def scored(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of ``Run.metrics`` with each predictor's score; losses are from the site's best."""
+    lower = table[["snr_db", "block_snr_db"]].min(axis=1)
+    columns = {"SNR": table.snr_db, "block SNR": table.block_snr_db, "lower SNR": lower}
+    loss = {name: v.groupby(table.site).transform("max") - v for name, v in columns.items()}
+    loss["larger loss"] = np.maximum(loss["SNR"], loss["block SNR"])
+    return table.assign(**loss)
 
 
 def amax_ratio(run: Run, cross: pd.DataFrame) -> pd.DataFrame:

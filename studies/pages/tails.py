@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import genpareto
 
+from nvfp4_utils.sites import kind_of
 from studies.runs.store import Run
 
-from . import plots, snr_tables
+from . import plots
 from .snr_tables import sequence_amaxes
 
 THRESHOLD = 0.8  # quantile of the sequence amaxes above which the tail is fitted
@@ -146,8 +147,8 @@ def forecast_summary(forecast: pd.DataFrame) -> dict[str, float]:
 
 def growth_figure(fitted: pd.DataFrame) -> plt.Figure:
     """Sequences to 90 % of the pool's amax: against the tail's prediction, and the tail index."""
-    fig, axes = plt.subplots(1, 2, figsize=(9.6, 3.8))
-    for kind, one in fitted.groupby(fitted.site.map(snr_tables.site_kind), sort=False):
+    fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.8))
+    for kind, one in fitted.groupby(fitted.site.map(kind_of), sort=False):
         style = plots.kind_style(kind)
         marks = {"color": style.color, "marker": style.marker, "ms": 5, "ls": ""}
         axes[0].plot(one.predicted, one.measured, label=kind, **marks)

@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 
 from nvfp4_utils.quantize import input_scale_from_amax
+from nvfp4_utils.sites import kind_of, layer_of
 from nvfp4_utils.statistics import ActivationStatistics
 from studies.runs.store import Run
 
@@ -25,7 +26,7 @@ from .block_shapes import (
     predicted_mse,
 )  # fmt: skip
 from .regimes import nonzero_blocks, safe_window
-from .snr_tables import db, site_kind
+from .snr_tables import db
 
 CURVE = ["mix", "site", "underflow"]  # what names one curve
 REGIONS = [
@@ -201,7 +202,7 @@ def draw_psi(shapes: dict[str, Shape], gaussian: Shape, colors) -> plt.Figure:
 def draw_sites(points: pd.DataFrame) -> plt.Figure:
     """Exact and matched SNR of every site of one mix, and their difference under each convention."""
     colors = kind_colors(points.kind)
-    fig, axes = plt.subplots(3, len(colors), figsize=(9.6, 7.2), sharex=True, sharey="row",
+    fig, axes = plt.subplots(3, len(colors), figsize=(8.2, 7.2), sharex=True, sharey="row",
                              height_ratios=[4, 3, 3], squeeze=False)  # fmt: skip
     for (snr, flush, floor), (kind, color) in zip(axes.T, colors.items(), strict=True):
         for (_, underflow), t in points[points.kind == kind].groupby(["site", "underflow"], sort=False):
@@ -247,7 +248,7 @@ def _points_by_model(ax: plt.Axes, curves: pd.DataFrame, x: str, y: str) -> None
 
 def draw_ends(curves: pd.DataFrame, loss_db: float) -> plt.Figure:
     """Predicted against exact ends of the harmless band, and its width against the safe window's."""
-    fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.9))
+    fig, axes = plt.subplots(1, 3, figsize=(8.2, 3.9))
     t = curves.assign(width=curves.exact_high - curves.exact_low)
     panels = (("left end: saturation", t, "exact_low", "low"),
               ("right end: underflow", t, "exact_high", "high"),
@@ -270,10 +271,10 @@ def draw_crest_by_amax(trend: pd.DataFrame) -> plt.Figure:
     """``crest_by_amax`` as lines: colour the site's kind, dash its layer."""
     fig, ax = plt.subplots(figsize=(7.2, 3.9))
     sites = list(trend.site.unique())
-    layers = dict(zip(dict.fromkeys(s.rpartition(".")[0] for s in sites), DASHES, strict=False))
+    layers = dict(zip(dict.fromkeys(layer_of(s) for s in sites), DASHES, strict=False))
     sns.lineplot(trend, x="amax", y="crest", hue="site", style="site", marker=".", ax=ax,
-                 palette={s: plots.KIND_COLORS.get(site_kind(s), "k") for s in sites},
-                 dashes={s: layers.get(s.rpartition(".")[0], "") for s in sites})  # fmt: skip
+                 palette={s: plots.KIND_COLORS.get(kind_of(s), "k") for s in sites},
+                 dashes={s: layers.get(layer_of(s), "") for s in sites})  # fmt: skip
     ax.axhline(1 / 16, color="#666666", lw=0.8, ls=":")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)

@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from nvfp4_utils.sites import kind_of, layer_of
 from studies.runs import synthetic
 from studies.runs.store import Run
 
 from . import plots
-from .snr_tables import HARM_DB, cross_matrix, curve_snr, db, policy_snr, sequence_amaxes, site_kind
+from .snr_tables import HARM_DB, cross_matrix, curve_snr, db, policy_snr, sequence_amaxes
 
 COMPARED = ("p99.99", "p99.999", "headroom", "mse", "oracle", "dynamic", "four-over-six")
 COIN = 0.25  # share of tensors with the other sign from which on one tensor decides nothing
@@ -31,7 +32,7 @@ def study_sites(run: Run) -> list[str]:
     ValueError
         If the run holds no MLP input.
     """
-    sites = [s for s in run.sites if site_kind(s) == "mlp_input"]
+    sites = [s for s in run.sites if kind_of(s) == "mlp_input"]
     if not sites:
         raise ValueError(
             f"the run's sites are {run.sites}; expected some mlp_input, which the study looked at. "
@@ -74,7 +75,7 @@ def gain_table(gains: pd.DataFrame) -> pd.DataFrame:
 
 def draw_gains(gains: pd.DataFrame, sites: list[str]) -> plt.Figure:
     """Gain over amax at some sites: the pool's as a point, 95 % of single tensors as a bar."""
-    fig, axes = plt.subplots(1, len(sites), figsize=(9.6, 3.8), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(sites), figsize=(8.2, 3.8), sharey=True, squeeze=False)
     for ax, site in zip(axes.flat, sites, strict=True):
         rows = gains[(gains.site == site) & (gains.policy != "p99.99")]
         ax.hlines(rows.policy, rows.low, rows.high, color="0.6", lw=5)
@@ -124,12 +125,12 @@ def draw_levels(snr: pd.DataFrame, sites: list[str]) -> plt.Figure:
     table = by_site.snr_db.quantile([0.025, 0.975]).unstack().set_axis(["low", "high"], axis=1)
     table = table.assign(pool=by_site.pool_db.first()).loc[sites].assign(at=range(len(sites)))
     fig, ax = plt.subplots(figsize=(7.2, 3.4))
-    for kind, part in table.groupby(table.index.map(site_kind), sort=False):
+    for kind, part in table.groupby(table.index.map(kind_of), sort=False):
         color = plots.KIND_COLORS.get(str(kind), "k")
         ax.vlines(part["at"], part.low, part.high, color=color, lw=4, alpha=0.5, label=kind)
     ax.plot(table["at"], table.pool, "k_", ms=8)
     ax.legend(ncol=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.18))
-    ax.set_xticks(table["at"], table.index.map(lambda s: s.split(".")[1]), fontsize=7)
+    ax.set_xticks(table["at"], table.index.map(layer_of), fontsize=7)
     ax.set_xlabel("layer")
     ax.set_ylabel("SNR (dB)")
     return fig

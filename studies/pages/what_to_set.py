@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
+from nvfp4_utils.sites import kind_of
 from studies.runs.layer_ratios import TARGET
 from studies.runs.plan import MARGINS
 from studies.runs.scoring import resamples
@@ -115,7 +116,7 @@ def growth(runs: Runs) -> pd.DataFrame:
         short = layouts[next(c for c in layouts if c.startswith("packed, 512"))]
         found += [np.log2(layouts[c] / short) for c in layouts if re.match(r"packed, \d{4}", str(c))]
         octaves = pd.concat(found)
-        site = octaves.index.astype(str).str.rsplit(".", n=1).str[-1]
+        site = octaves.index.astype(str).map(kind_of)
         parts.append(pd.DataFrame({"prior": "ours", "model": label(run), "site": site,
                                    "octaves": octaves.to_numpy(float)}))  # fmt: skip
     return pd.concat(parts, ignore_index=True)[["prior", "model", "site", "octaves"]]

@@ -17,6 +17,7 @@ import pandas as pd
 
 from studies.runs.store import Run
 
+from . import snr_tables
 from .plots import model_label
 
 HARM = 1.1  # a setting is harmful if its KL exceeds the amax's by this factor
@@ -33,15 +34,6 @@ def _text(table: pd.DataFrame, *names: str) -> pd.DataFrame:
     return table.astype({n: str for n in (*names, "policy") if n in table})
 
 
-def scored(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of ``Run.metrics`` with each predictor's score; losses are from the site's best."""
-    lower = table[["snr_db", "block_snr_db"]].min(axis=1)
-    columns = {"SNR": table.snr_db, "block SNR": table.block_snr_db, "lower SNR": lower}
-    loss = {name: v.groupby(table.site).transform("max") - v for name, v in columns.items()}
-    loss["larger loss"] = np.maximum(loss["SNR"], loss["block SNR"])
-    return table.assign(**loss)
-
-
 def settings(run: Run) -> pd.DataFrame:
     """One row per site and scale, that site alone quantized: octaves, kl, rise, metrics and scores.
 
@@ -54,7 +46,7 @@ def settings(run: Run) -> pd.DataFrame:
     table = _text(kl, "site").merge(metrics, on=["site", "policy"], validate="1:1")
     table["octaves"] = table.policy.str.removeprefix("x2^").astype(float)
     at_amax = table[table.octaves == 0].set_index("site").kl
-    return scored(table.assign(rise=table.kl / table.site.map(at_amax)))
+    return snr_tables.scored(table.assign(rise=table.kl / table.site.map(at_amax)))
 
 
 def spearman(a: pd.Series, b: pd.Series) -> float:
@@ -100,7 +92,9 @@ def over_policies(run: Run) -> pd.DataFrame:
     mix = run.featured_mix
     table = _text(run.end_to_end(), *KEYS, "test")
     table = table[(table.test == mix) & (table.weights == "bf16") & (table.only == "")]
-    scores = scored(_text(run.metrics(mix), "site", *KEYS)).groupby(KEYS)[list(PREDICTORS)].mean()
+    scores = (
+        snr_tables.scored(_text(run.metrics(mix), "site", *KEYS)).groupby(KEYS)[list(PREDICTORS)].mean()
+    )
     token = _text(run.end_to_end_snr(), *KEYS, "test")
     token = token[(token.test == mix) & (token.weights == "bf16") & (token.only == "")]
     scores["token SNR"] = -token.groupby(KEYS).token_snr_db.mean()
@@ -216,7 +210,7 @@ def answer(runs: Sequence[Run], harm: float = HARM, harmless_db: float = HARMLES
 
 def draw_misses(runs: Sequence[Run], harm: float = HARM, limit: float = HARMLESS_DB) -> plt.Figure:
     """The rise of KL against each score, a row a model; the shaded corner holds the misses."""
-    fig, axes = plt.subplots(len(runs), len(DRAWN), figsize=(8.4, 2.5 * len(runs)), sharex=True,
+    fig, axes = plt.subplots(len(runs), len(DRAWN), figsize=(8.2, 2.5 * len(runs)), sharex=True,
                              sharey=True, squeeze=False)  # fmt: skip
     for row, run in zip(axes, runs, strict=True):
         table = settings(run)

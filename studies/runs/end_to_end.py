@@ -24,9 +24,10 @@ from tqdm import tqdm
 from .predictions import check_model, compare, last_hidden
 from .quantized import Sites, TokenSnr, evaluation_mode, find_linears, not_finite, quantized
 from .quantized import quantized_weights as quantize_weights
+from .run_folder import whole
 from .scoring import resamples
 from .settings import KEYS, Setting
-from .store import write_table
+from .store import read_table, write_table
 
 CHECKED_TOKENS = 32
 MEASURES = ("kl", "nll", "top1")
@@ -202,7 +203,7 @@ def evaluate_to(
         part = settings[start : start + group]
         file, snr_file = folder / f"{number:03}.parquet", folder / f"{number:03}_snr.parquet"
         made_with = _identity(tokens, part, token_snr)
-        if file.exists():
+        if whole([file, snr_file] if token_snr else [file]):
             _check_same(file, made_with)
         else:
             result = evaluate(model, tokens, part, token_snr=token_snr, **options)
@@ -211,8 +212,8 @@ def evaluate_to(
             table = result.sequence_table()
             table.attrs = made_with
             write_table(table, file)  # last: where it is, the group is done
-        tables.append(pd.read_parquet(file))
-        snrs += [pd.read_parquet(snr_file)] if token_snr else []
+        tables.append(read_table(file))
+        snrs += [read_table(snr_file)] if token_snr else []
     everything = pd.concat(tables, ignore_index=True)
     write_table(summary(everything), path / "end_to_end.parquet")
     write_table(everything.drop(columns="kl_p999"), path / "end_to_end_sequences.parquet")
@@ -228,7 +229,7 @@ def _identity(tokens: torch.Tensor, settings: Sequence[Setting], token_snr: bool
 
 
 def _check_same(file: Path, new: dict[str, str]) -> None:
-    old = pd.read_parquet(file).attrs
+    old = read_table(file).attrs
     changed = [name for name in old | new if old.get(name) != new.get(name)]
     if changed:
         raise ValueError(

@@ -10,25 +10,27 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from nvfp4_utils import policies
-from nvfp4_utils.hooks import SITES, capture
+from nvfp4_utils.policies import calibrate
 from nvfp4_utils.quantize import UNDERFLOWS
 from studies.data import corpora
 
-from . import plan, tables
+from . import captured, plan, tables, unfinished
 from .end_to_end import evaluate_to
+from .run_folder import whole
 from .settings import policy_settings, uncalibrated_settings
-from .store import write_table
+from .store import read_table, write_table
 
 BATCH_TOKENS = 2**14  # of a forward pass
 SINGLE_SEQUENCES = 32  # for one site at a time
 SINGLE_FOLDER = "single_sites"
+LAYOUTS = "layouts.parquet"
 RECORDS = "one record per sequence"
 PARTS = ("end_to_end", "end_to_end_sequences", "end_to_end_snr")
 
 
 def _evaluate(path: Path, model, tokens: torch.Tensor, settings, **options) -> None:
     batch = max(1, BATCH_TOKENS // tokens.shape[1]) if torch.cuda.is_available() else 8
+    settings = plan.with_values(settings, f"the model in {path.name}")
     evaluate_to(path, model, tokens, settings, batch=batch, **options)
 
 
@@ -39,7 +41,7 @@ def model_stage(model, tests: dict[str, torch.Tensor], path: Path, calibrations)
     """
     for number, (mix, tokens) in enumerate(tests.items()):
         print(f"the model on {mix}", flush=True)
-        errors = pd.read_parquet(path / mix / "errors.parquet")
+        errors = read_table(path / mix / "errors.parquet")
         oracle = errors[(errors.policy == "oracle") & (errors.group == 0)]
         found = {u: oracle[oracle.underflow == u].set_index("site").calibrated_amax for u in UNDERFLOWS}
         # A floor oracle whose errors equal the flush oracle's is not stored.
@@ -86,8 +88,8 @@ def layout_stage(model, tokenizer, path: Path, calibrations, settings, *, begin,
             menu = uncalibrated_settings(test) + policy_settings(test, long, underflows=("flush",))
             _evaluate(path / f"long-{length}", model, texts.test.long(), menu)
             folders.append(path / f"long-{length}")
-    write_table(pd.concat(rows, ignore_index=True), path / "layouts.parquet")
     _join(path, folders)
+    write_table(pd.concat(rows, ignore_index=True), path / LAYOUTS)
 
 
 def _layout_table(layout: str, mix: str, sequences: int, by_policy) -> pd.DataFrame:
@@ -105,10 +107,8 @@ def _calibrate(model, texts, length: int) -> dict[str, dict[str, float]]:
     batch = max(1, BATCH_TOKENS // length)
     batches = [{"input_ids": t, "attention_mask": m}
                for t, m in zip(tokens.split(batch), mask.split(batch), strict=True)]  # fmt: skip
-    whole = bool(mask.all())
-    parts = tokens.split(batch) if whole else batches
-    sites = capture(model, parts, tuple(SITES), group_size=len(tokens))
-    return {site: policies.calibrate(statistics.total) for site, statistics in sites.items()}
+    sites = captured.count(model, batches if mask.min() == 0 else tokens.split(batch), len(tokens))
+    return {site: calibrate(statistics.total) for site, statistics in sites.items()}
 
 
 def _join(path: Path, folders: list[Path]) -> None:
@@ -116,17 +116,34 @@ def _join(path: Path, folders: list[Path]) -> None:
     for name in PARTS:
         files = [f / f"{name}.parquet" for f in folders if (f / f"{name}.parquet").exists()]
         if files:
-            table = pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
+            table = pd.concat([read_table(f) for f in files], ignore_index=True)
             write_table(table, path / f"{name}.parquet")
     single = path / SINGLE_FOLDER / "end_to_end.parquet"
     if single.exists():
-        write_table(pd.read_parquet(single), path / "single_sites.parquet")
+        write_table(read_table(single), path / f"{SINGLE_FOLDER}.parquet")
+
+
+def evaluated(path: Path, settings) -> bool:
+    """Whether the tables of both stages are whole, and hold every mix and length of the run."""
+    files = [f"{name}.parquet" for name in (*PARTS, SINGLE_FOLDER)] if settings.end_to_end else []
+    files += [LAYOUTS, f"{PARTS[0]}.parquet"] if settings.layouts else []
+    if not whole(path / name for name in files):
+        return False
+    tests = [*settings.mixes] if settings.end_to_end else []
+    tests += [f"{settings.mixes[0]}, {length} tokens" for length in settings.layouts]
+    if not tests:
+        return True
+    table = read_table(path / f"{PARTS[0]}.parquet")
+    return set(tests) <= set(table.test) and (
+        not settings.end_to_end or set(settings.mixes) <= set(table.calibration)
+    )
 
 
 def clean_up(path: Path) -> None:
     """Delete what only an unfinished run needs."""
     for folder in [path, *(p for p in path.iterdir() if p.is_dir())]:
         shutil.rmtree(folder / "end_to_end", ignore_errors=True)
+        unfinished.forget(folder / unfinished.FOLDER)
         if folder != path:
             for name in PARTS:
                 (folder / f"{name}.parquet").unlink(missing_ok=True)

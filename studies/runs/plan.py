@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from nvfp4_utils.sites import kind_of
 
 from .settings import (
     FOUR_OVER_SIX,
@@ -40,13 +43,16 @@ def with_margins(policies: Mapping[str, Amaxes]) -> dict[str, Amaxes]:
 def half_amaxes(sequence_amaxes: Mapping[str, np.ndarray], draws: int = 6) -> dict[str, Amaxes]:
     """The amax of ``draws`` random halves of the calibration sequences: calibrations of equal merit.
 
-    ``sequence_amaxes``: site -> amax of each sequence. One permutation serves all sites.
+    ``sequence_amaxes``: site -> amax of each sequence. One permutation serves all sites. NaN where all
+    sequences of a half are zero.
     """
     count = len(next(iter(sequence_amaxes.values())))
     found: dict[str, Amaxes] = {}
     for draw in range(draws):
         half = np.random.default_rng(draw).permutation(count)[: max(1, count // 2)]
-        found[f"amax of half {draw}"] = {s: float(a[half].max()) for s, a in sequence_amaxes.items()}
+        found[f"amax of half {draw}"] = {
+            s: float(a[half].max()) or math.nan for s, a in sequence_amaxes.items()
+        }
     return found
 
 
@@ -76,7 +82,7 @@ def settings_for(
         known = {s.key for s in found}
         found += [s for s in sweep_settings(test, test, own["amax"], SWEEP) if s.key not in known]
         menu = {**own, **{f"x2^{k}": scaled(own["amax"], k) for k in (-2, 3, 14)}}
-        for kind in dict.fromkeys(site.rsplit(".", 1)[-1] for site in own["amax"]):
+        for kind in dict.fromkeys(kind_of(site) for site in own["amax"]):
             one = {policy: menu[policy] for policy in KINDS_ALONE}
             found += policy_settings(test, {test: one}, underflows=("flush",), only=kind)
         found += [Setting(test, "", NONE, weights="nvfp4", rule=NONE),
@@ -84,6 +90,24 @@ def settings_for(
         both = {policy: own[policy] for policy in ("amax", "headroom", "raised", FOUR_OVER_SIX)}
         found += policy_settings(test, {test: both}, underflows=("flush",), weights="nvfp4")
     return found
+
+
+def with_values(settings: Sequence[Setting], what: str) -> list[Setting]:
+    """The settings that have a value at every site that they quantize; one line names the others."""
+    kept: list[Setting] = []
+    missing: dict[str, dict[str, None]] = {}
+    for setting in settings:
+        absent = [s for s, amax in setting.amaxes.items() if math.isnan(amax) and setting.quantizes(s)]
+        if absent:
+            missing.setdefault(absent[0], {})[setting.policy] = None
+        else:
+            kept.append(setting)
+    for site, policies in missing.items():
+        print(
+            f"{what} is not evaluated with {', '.join(policies)}: no value at {site}",
+            flush=True,
+        )
+    return kept
 
 
 def single_site_settings(test: str, amaxes: Amaxes) -> list[Setting]:

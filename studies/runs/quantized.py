@@ -8,13 +8,14 @@ else reads the tensor, a norm or a residual, keeps the unquantized one, as in a 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from nvfp4_utils.forward import evaluation_mode, is_linear
 from nvfp4_utils.quantize import (
     AMAX_PER_SCALE,
     BLOCK_SIZE,
@@ -27,60 +28,50 @@ from nvfp4_utils.quantize import (
     four_over_six_reference,
     input_scale_from_amax,
 )
+from nvfp4_utils.sites import Coverage, find_coverage, kind_of
 
 from .settings import CALIBRATED, FOUR_OVER_SIX, PER_TOKEN, STATIC, Setting
 
-# The linears that read each kind of site, in the names of Llama, Gemma and Qwen models.
-LINEARS = {
-    "attention_input": r"self_attn\.[qkv]_proj|linear_attn\.in_proj_(?:qkv|z|b|a)",
-    "o_proj_input": r"self_attn\.o_proj|linear_attn\.out_proj",
-    "mlp_input": r"mlp\.(?:gate|up)_proj",
-    "down_proj_input": r"mlp\.down_proj",
-}
-Sites = dict[str, dict[str, nn.Linear]]
+Sites = dict[str, dict[str, nn.Module]]
 
 
 def find_linears(model: nn.Module) -> Sites:
-    """Site label ``layers.<i>.<kind>`` -> the linears that read it, by name; in module order.
+    """Site label -> the linears that read it, by name, in module order: all of a model but its head.
 
-    Every ``nn.Linear`` but the head. Raises ``ValueError`` naming one that belongs to no known site,
-    and if there is none at all.
+    Raises ``ValueError`` naming linears whose input cannot be replaced, and if there is none at all.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    sites: Sites = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            sites.setdefault(_site_of(name), {})[name] = module
-    if not sites:
+    coverage = find_coverage(model)
+    missing = dict(coverage.uncovered)
+    for site in coverage.sites.values():
+        if site.form == "routed" or not all(map(is_linear, site.readers.values())):
+            missing |= dict.fromkeys(site.readers, "experts of a mixture")
+    if missing:
+        raise ValueError(
+            f"end-to-end evaluation does not cover {Coverage({}, missing).described()}; expected a "
+            "model of nn.Linear layers that all run. Where fused kernels replace them, load it without."
+        )
+    if not coverage.sites:
         raise ValueError(
             f"{type(model).__name__} has no linear apart from its head; expected a causal language "
             "model of nn.Linear layers."
         )
-    return sites
-
-
-def _site_of(linear: str) -> str:
-    for kind, pattern in LINEARS.items():
-        match = re.fullmatch(rf"(?:.*\.)?layers\.(\d+)\.(?:{pattern})", linear)
-        if match:
-            return f"layers.{match[1]}.{kind}"
-    raise ValueError(
-        f"the linear {linear!r} belongs to no known site; expected layers.<i>. and one of "
-        f"{', '.join(LINEARS.values())}. Add its name to LINEARS in {__name__}."
-    )
+    return {label: site.readers for label, site in coverage.sites.items()}
 
 
 def quantized_weights(sites: Sites) -> dict[str, torch.Tensor]:
-    """Linear name -> its weight [out, in] as an NVFP4 checkpoint holds it, in the weight's dtype.
+    """Linear name -> its weight as an NVFP4 checkpoint holds it, in the weight's shape and dtype.
 
     Blocks run along the input dimension; one scale per linear, its amax / 2688; ``floor``, as exports.
     """
     weights = {}
     for linears in sites.values():
         for name, linear in linears.items():
-            weight = linear.weight.detach()
+            weight: torch.Tensor = linear.get_parameter("weight").detach()
+            turned = not isinstance(linear, nn.Linear)  # transformers' Conv1D holds [in, out]
             scale = input_scale_from_amax(weight.abs().max().item())
-            weights[name] = fake_quantize(weight, scale, underflow="floor")
+            rows = weight.T.contiguous() if turned else weight
+            quantized_rows = fake_quantize(rows, scale, underflow="floor")
+            weights[name] = quantized_rows.T.contiguous() if turned else quantized_rows
     return weights
 
 
@@ -175,20 +166,10 @@ class _Quantizer:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's training flag is put back."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-
-
-@contextmanager
 def _replaced_weights(sites: Sites, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    parameters = {name: m.weight for linears in sites.values() for name, m in linears.items()}
+    parameters: dict[str, Any] = {
+        name: m.weight for linears in sites.values() for name, m in linears.items()
+    }
     originals = {name: parameters[name].data for name in weights}
     try:
         for name, weight in weights.items():
@@ -224,7 +205,7 @@ def quantized(
     Raises
     ------
     ValueError
-        If a linear belongs to no known site, a site has no amax, an amax is not positive and finite,
+        If a linear is not covered, a site has no amax, an amax is not positive and finite,
         or an activation is NaN or infinite and nobody else looks.
 
     Examples
@@ -233,6 +214,11 @@ def quantized(
     ...     logits = model(tokens).logits
     """
     sites = find_linears(model) if sites is None else sites
+    if setting.only and setting.only not in {*sites, *map(kind_of, sites)}:
+        raise ValueError(
+            f"only is {setting.only!r}; expected a kind or a label of the model's sites, such as "
+            f"{list(sites)[:3]}."
+        )
     labels = [label for label in sites if setting.quantizes(label)]
     missing = [label for label in labels if label not in setting.amaxes]
     if setting.rule in CALIBRATED and missing:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from studies import ROOT
 
-from .capture_run import CaptureSettings, capture_run
+from .capture_run import capture_run
+from .capture_settings import CaptureSettings
 
 # A broad mix of seven, the study's news and instructions, one domain, and eleven languages.
 MIXES = ("open-sft-seven", "open-news-instruct", "open-math-only", "open-multilingual-only")

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import torch
 
 from nvfp4_utils.histogram import Marginals, codes_to_values
 from nvfp4_utils.quantize import (
-    BLOCK_SIZE,
     E4M3_MAX,
     E4M3_MIN_SUBNORMAL,
     E4M3_NORMAL_RANGE,
@@ -23,6 +24,7 @@ from nvfp4_utils.quantize import (
 from nvfp4_utils.statistics import ActivationStatistics, SiteStatistics
 
 from . import plan
+from .quantized import row_scales
 from .settings import FOUR_OVER_SIX, STATIC
 
 CURVE_OCTAVES = 19  # above the largest block amax: past the last subnormal block scale
@@ -32,15 +34,31 @@ DYNAMIC = "dynamic"
 DRAWS = 2000  # of a bootstrap
 
 
+def where_known(function, amaxes) -> np.ndarray:
+    """``function`` of the input scales of those amaxes that have a value; NaN for the others."""
+    amaxes = np.asarray(amaxes, dtype=np.float64)
+    result = np.full(amaxes.shape, np.nan)
+    known = np.isfinite(amaxes)
+    if known.any():
+        with np.errstate(invalid="ignore"):  # the SNR of a pool that is all zero
+            result[known] = function(input_scale_from_amax(amaxes[known]))
+    return result
+
+
 def curve_amaxes(statistics: ActivationStatistics, exact) -> np.ndarray:
     """Where the stored curve is evaluated: 8 points per octave, 16 around the amax, and ``exact``.
 
-    ``exact`` are calibrated amaxes whose error is to be read off without interpolation.
+    ``exact`` are calibrated amaxes whose error is to be read off without interpolation; those of a
+    policy without a value are left out. Of a pool that is all zero only ``exact`` are left.
     """
+    exact = np.asarray(exact, dtype=np.float64)
+    exact = exact[exact > 0]
+    if not statistics.amax:
+        return np.unique(exact)
     around = np.arange(-32, 33) / 16
     far = np.arange(-8 * 6, 8 * CURVE_OCTAVES + 1) / 8
     exponents = np.union1d(around, far)
-    return np.union1d(statistics.amax * 2.0**exponents, np.asarray(exact, dtype=np.float64))
+    return np.union1d(statistics.amax * 2.0**exponents, exact)
 
 
 def curve_table(site: str, total: ActivationStatistics, exact, bf16: bool) -> pd.DataFrame:
@@ -57,11 +75,19 @@ def curve_table(site: str, total: ActivationStatistics, exact, bf16: bool) -> pd
 def block_shares(m: Marginals, amaxes: np.ndarray) -> dict[str, np.ndarray]:
     """Share of nonzero blocks at each calibrated amax that are saturated, subnormal or underflow.
 
-    With ``rho = amax / b``: below 1; above 28672; from 458752 on, where the scale rounds to zero.
+    With ``rho = amax / b``: below 1; above 28672; from 458752 on, where the scale rounds to zero. NaN
+    without a nonzero block, or for an amax without a value.
     """
     values = codes_to_values(m.block_codes, m.dtype).numpy()
     counts = m.block_counts.numpy()[values > 0]
     values = values[values > 0]
+    known = np.isfinite(amaxes)
+    if not (len(values) and known.all()):
+        found = {name: np.full(len(amaxes), np.nan) for name in ("saturated", "subnormal", "underflow")}
+        if len(values) and known.any():
+            for name, shares in block_shares(m, amaxes[known]).items():
+                found[name][known] = shares
+        return found
     total = np.concatenate([[0], counts.cumsum()])
 
     def below(limit) -> np.ndarray:
@@ -95,9 +121,11 @@ def metric_table(site: str, total: ActivationStatistics, menu) -> pd.DataFrame:
     table.insert(0, "site", site)
     for underflow in UNDERFLOWS:
         rows = table.underflow == underflow
-        scales = input_scale_from_amax(table.calibrated_amax[rows].to_numpy())
-        table.loc[rows, "snr_db"] = total.snr_db(scales, underflow)
-        table.loc[rows, "block_snr_db"] = total.block_snr_db(scales, underflow)
+        amaxes = table.calibrated_amax[rows]
+        table.loc[rows, "snr_db"] = where_known(partial(total.snr_db, underflow=underflow), amaxes)
+        table.loc[rows, "block_snr_db"] = where_known(
+            partial(total.block_snr_db, underflow=underflow), amaxes
+        )
     shares = block_shares(total.marginals, table.calibrated_amax.to_numpy())
     table = table.assign(saturated=shares["saturated"], subnormal=shares["subnormal"],
                          underflowed=shares["underflow"])  # fmt: skip
@@ -109,16 +137,20 @@ def group_errors(
     site: str, test: SiteStatistics, total: ActivationStatistics,
     calibrations: dict[str, dict[str, float]], oracle: dict[Underflow, float],
 ) -> pd.DataFrame:  # fmt: skip
-    """Errors of every calibration (mix -> policy -> amax) and of the oracle on every test group."""
+    """Errors of every calibration (mix -> policy -> amax) and of the oracle on every test group.
+
+    NaN for a policy without a value.
+    """
     rows = []
     for underflow in UNDERFLOWS:
         menu = [(mix, policy, amax) for mix, amaxes in calibrations.items()
                 for policy, amax in amaxes.items() if policy != FOUR_OVER_SIX]  # fmt: skip
         menu.append(("test", "oracle", oracle[underflow]))
-        scales = input_scale_from_amax([amax for *_, amax in menu])
+        amaxes = [amax for *_, amax in menu]
         for group, statistics in enumerate(test.groups):
-            rows += [(site, mix, policy, underflow, amax, group, mse) for (mix, policy, amax), mse
-                     in zip(menu, statistics.mse(scales, underflow), strict=True)]  # fmt: skip
+            errors = where_known(partial(statistics.mse, underflow=underflow), amaxes)
+            rows += [(site, mix, policy, underflow, amax, group, mse)
+                     for (mix, policy, amax), mse in zip(menu, errors, strict=True)]  # fmt: skip
     return pd.DataFrame(rows, columns=["site", "calibration", "policy", "underflow",
                                        "calibrated_amax", "group", "mse"])  # fmt: skip
 
@@ -135,8 +167,8 @@ def group_table(site: str, test: SiteStatistics) -> pd.DataFrame:
 def score_subsets(subsets: pd.DataFrame, total: ActivationStatistics) -> pd.DataFrame:
     """One site's subset calibrations with their error on the whole pool, both conventions."""
     amaxes, at = np.unique(subsets.calibrated_amax, return_inverse=True)
-    scales = input_scale_from_amax(amaxes)
-    return subsets.assign(**{f"mse_{u}": total.mse(scales, u)[at] for u in UNDERFLOWS})
+    errors = {u: where_known(partial(total.mse, underflow=u), amaxes) for u in UNDERFLOWS}
+    return subsets.assign(**{f"mse_{u}": errors[u][at] for u in UNDERFLOWS})
 
 
 class WindowErrors:
@@ -160,7 +192,7 @@ class WindowErrors:
             self._count(site, part)
 
     def _count(self, site: str, x: torch.Tensor) -> None:
-        sequences, tokens, width = x.shape
+        sequences, tokens, _ = x.shape
         if tokens % self.window:
             raise ValueError(
                 f"sequences have {tokens} tokens; expected a multiple of the window, {self.window}."
@@ -173,9 +205,10 @@ class WindowErrors:
         columns = {"site": [site] * windows, "signal_power": mean(x)}
         for (name, underflow), amax in self.menu[site].items():
             if name == DYNAMIC:
-                own = x.abs().flatten(1).amax(1).tolist()
-                blocks = tokens * width // BLOCK_SIZE
-                scale = input_scale_from_amax(own).to(x.device).repeat_interleave(blocks)[:, None]
+                scale = row_scales(x, per_token=False)
+            elif not np.isfinite(amax):
+                columns[f"{name} {underflow}"] = np.full(windows, np.nan)
+                continue
             else:
                 scale = input_scale_from_amax([amax]).to(x.device)
             quantize = four_over_six_reference if name == FOUR_OVER_SIX else fake_quantize_reference
@@ -194,8 +227,8 @@ class WindowErrors:
 
 
 def window_length(tokens: int) -> int:
-    """The largest length up to ``WINDOW`` that divides sequences of so many tokens."""
-    return next(n for n in range(min(WINDOW, tokens), 0, -1) if tokens % n == 0)
+    """``WINDOW`` where sequences of so many tokens are a multiple of it, else the whole sequence."""
+    return tokens if tokens % WINDOW else WINDOW
 
 
 def window_menu(site: str, mix: str, calibrations, oracle: dict, settings) -> dict:

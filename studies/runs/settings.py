@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nvfp4_utils.hooks import SITES
 from nvfp4_utils.quantize import UNDERFLOWS, Underflow, check_underflow
+from nvfp4_utils.sites import kind_of
 
 STATIC, PER_SEQUENCE, PER_TOKEN = "static", "dynamic per sequence", "dynamic per token"
 FOUR_OVER_SIX = "four-over-six"
@@ -52,11 +52,14 @@ class Setting:
         check_underflow(self.underflow)
         for name, got, expected in (
             ("weights", self.weights, ("bf16", "nvfp4")),
-            ("only", self.only.rsplit(".", 1)[-1], ("", *SITES)),
             ("rule", self.rule, RULES),
         ):
             if got not in expected:
                 raise ValueError(f"{name} is {got!r}; expected one of {', '.join(map(repr, expected))}.")
+        if self.only and not self.only.endswith("_input"):
+            raise ValueError(
+                f"only is {self.only!r}; expected '', a kind of site such as 'mlp_input', or a label."
+            )
         if bool(self.amaxes) != (self.rule in CALIBRATED):
             raise ValueError(
                 f"the rule {self.rule!r} was given {len(self.amaxes)} amaxes; expected one per site for "
@@ -80,8 +83,8 @@ class Setting:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def quantizes(self, site: str) -> bool:
-        """Whether the activation at a site, ``layers.<i>.<kind>``, is replaced."""
-        return self.rule != NONE and self.only in ("", site, site.rsplit(".", 1)[-1])
+        """Whether the activation at a site, by its label, is replaced."""
+        return self.rule != NONE and self.only in ("", site, kind_of(site))
 
 
 def policy_settings(

@@ -6,17 +6,23 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import html
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import torch
 
 from nvfp4_utils.histogram import Marginals
+from nvfp4_utils.sites import kind_of
 from nvfp4_utils.statistics import ActivationStatistics
 from studies import ROOT
 
@@ -71,20 +77,93 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as Parquet; an interrupted write leaves no file that looks whole."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a file beside ``path`` to write into, which takes its place once it is whole.
+
+    Raises ``OSError`` that says what to do if the disk is full or the folder cannot be written.
+    """
+    part = path.with_suffix(".partial")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(
+            f"could not write {path}: {error}. Make room, or make its folder writable, and repeat the "
+            "command: what is stored stays, and it goes on from there."
+        ) from error
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_table(table: pd.DataFrame, path: Path, level: int = 15) -> None:
+    """Write a table as Parquet; an interrupted write leaves the old file, or none."""
     labels = [name for name in LABELS if name in table]
     table = table.astype(dict.fromkeys(labels, "category"))
-    part = path.with_suffix(".partial")
-    table.to_parquet(part, compression="zstd", compression_level=15, index=False)
-    part.replace(path)
+    with replacing(path) as part:
+        table.to_parquet(part, compression="zstd", compression_level=level, index=False,
+                         write_page_checksum=True)  # fmt: skip
+
+
+def read_table(path: Path, **options) -> pd.DataFrame:
+    """Read what ``write_table`` wrote; ``options`` are those of ``pandas.read_parquet``.
+
+    Raises ``FileNotFoundError``, and ``ValueError`` naming the file if it is truncated or damaged.
+    """
+    try:
+        return pd.read_parquet(path, page_checksum_verification=True, **options)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is not readable as Parquet ({error}); expected a whole table. It was truncated or "
+            "damaged: delete it, and repeat the command that made it."
+        ) from error
 
 
 def write_json(info: dict | list, path: Path) -> None:
     """Write JSON; an interrupted write leaves the old file, or none."""
-    part = path.with_suffix(".partial")
-    part.write_text(json.dumps(info, indent=1) + "\n")
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(info, indent=1) + "\n")
+
+
+def check_run_name(name: str) -> None:
+    """Refuse a run's name that is a path, or that a shell or a page would take for something else."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"the run's name is {name!r}; expected letters, digits, '.', '_' and '-', not a dot first: "
+            "a name, not a path."
+        )
+
+
+def as_page_text(text: str) -> str:
+    """Text as HTML and Markdown show it, nothing of it taken for markup."""
+    escaped = html.escape(text)
+    return re.sub(r"[`|*$\\\[\]]", lambda match: f"&#{ord(match[0])};", escaped)
+
+
+def _read_info(file: Path) -> dict:
+    """What ``run.json`` says. Its names become keys, paths and parts of pages."""
+    try:
+        info = json.loads(file.read_text())
+        names = [name for key in ("mixes", "sites", "featured", "detailed_mixes", "window_mixes")
+                 for name in info[key]]  # fmt: skip
+        lengths = [text["length"] for text in info["texts"].values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}); expected what a capture wrote. "
+            f"Restore it, or delete {file.parent} and capture the run again."
+        ) from error
+    strange = [n for n in names if not re.fullmatch(r"\w[\w .,+:-]*", str(n))]
+    strange += [n for n in lengths if not isinstance(n, int)]
+    if strange:
+        raise ValueError(
+            f"{file} names {strange[0]!r}; expected mixes and sites of letters, digits and ' ._,+:-', "
+            "and lengths in tokens. Such a run is not shown."
+        )
+    return info
 
 
 class Run:
@@ -94,14 +173,19 @@ class Run:
     ``metrics``, ``windows``; of the run: ``end_to_end``, ``end_to_end_sequences``, ``end_to_end_snr``,
     ``single_sites``, ``layouts``. ``marginals(mix, site, pool)`` and ``joint(mix, site)``: statistics.
 
+    ``model_name`` is escaped, as pages show it; the other names hold nothing to escape.
+
     Raises
     ------
     FileNotFoundError
         If there is no such run, or a table was never captured in it.
+    ValueError
+        If the name is a path, or a file of the run is damaged.
     """
 
     def __init__(self, name: str = ""):
         self.name = name or REFERENCE.name
+        check_run_name(self.name)
         stored, own = RESULTS / self.name, RUNS / self.name
         self.path = own if (own / "run.json").is_file() else stored
         if not (self.path / "run.json").is_file():
@@ -109,18 +193,19 @@ class Run:
                 f"no run at {own}; expected a folder with run.json. Make it with "
                 f"`make capture MODEL=models/reference DATASET=python-library RUN={name or 'NAME'}`"
             )
-        self.info = json.loads((self.path / "run.json").read_text())
+        self.info = _read_info(self.path / "run.json")
         self.mixes: list[str] = self.info["mixes"]
         self.sites: list[str] = self.info["sites"]
+        self.readers: dict[str, list[str]] = self.info["readers"]  # site -> linears that read it
         self.featured: list[str] = self.info["featured"]
         self.featured_mix: str = self.info["detailed_mixes"][0]
         self.window_mixes: list[str] = self.info["window_mixes"]
-        self.model_name: str = self.info["model_name"]
+        self.model_name: str = as_page_text(self.info["model_name"])
 
     @property
     def kinds(self) -> list[str]:
         """The kinds of site of this run, in the order of the model."""
-        return list(dict.fromkeys(site.rsplit(".", 1)[-1] for site in self.sites))
+        return list(dict.fromkeys(kind_of(site) for site in self.sites))
 
     def test_sequences(self, mix: str) -> int:
         """Sequences in a mix's test pool."""
@@ -136,7 +221,7 @@ class Run:
                 f"no {name}{of} at {path}; this run holds {', '.join(self.mixes)}, and details of "
                 f"{', '.join(self.info['detailed_mixes'])} only."
             )
-        return pd.read_parquet(path)
+        return read_table(path)
 
     def sequences(self, mix: str) -> pd.DataFrame:
         """site, pool, sequence, source, amax: each sequence's largest magnitude."""

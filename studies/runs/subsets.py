@@ -9,8 +9,10 @@ so memory does not grow with the number of sequences.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -19,6 +21,7 @@ from nvfp4_utils.policies import FROM_MARGINALS, calibrate
 from nvfp4_utils.quantize import BLOCK_SIZE, check_tensor
 
 CODES = 2**CODE_BITS
+NEAR = 0.9  # of the pool's amax: a sequence this close has shown calibration what it needs
 STUDY_SEED = 1000  # the study's subset of seed s is randperm(total, manual_seed(1000 + s))[:n]
 
 
@@ -99,3 +102,25 @@ class SubsetMarginals:
             for policy, amax in calibrate(marginals, FROM_MARGINALS).items()
         ]
         return pd.DataFrame(rows, columns=["site", "draw", "n", "policy", "calibrated_amax"])
+
+
+def seen_law(amaxes: np.ndarray, sizes, near: float = NEAR) -> pd.DataFrame:
+    """What ``n`` random sequences of a pool show of its amax, exactly: columns n, share, probability.
+
+    Without replacement, the largest of n is at most the i-th smallest with probability C(i, n) /
+    C(N, n). share: its mean over the pool's amax; probability: that one of the n comes within ``near``.
+    """
+    ordered = np.sort(np.asarray(amaxes, dtype=float))
+    total, below = len(ordered), int((ordered < near * ordered[-1]).sum())
+    rows = []
+    for n in sizes:
+        ways = math.comb(total, n)
+        at_most = np.array([math.comb(i, n) / ways for i in range(total + 1)])
+        share = float((np.diff(at_most) * ordered).sum() / ordered[-1])
+        rows.append((n, share, 1 - math.comb(below, n) / ways))
+    return pd.DataFrame(rows, columns=["n", "share", "probability"])
+
+
+def doublings(total: int) -> list[int]:
+    """1, 2, 4 ... up to the total, which is the last."""
+    return sorted({2**k for k in range(total.bit_length()) if 2**k <= total} | {total})

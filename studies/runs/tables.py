@@ -14,6 +14,7 @@ from nvfp4_utils.histogram import Marginals
 from nvfp4_utils.statistics import SiteStatistics
 
 from .plan import half_amaxes
+from .store import read_table
 
 Calibrations = dict[str, dict[str, dict[str, float]]]  # mix -> policy -> site -> calibrated amax
 COARSE_BITS = 3  # of a bfloat16 code that blocks of mixes without details lose: 16 values per octave
@@ -56,19 +57,22 @@ def read_calibrations(path: Path, mixes) -> Calibrations:
     """Every mix's policies as ``policies.parquet`` holds them."""
     found: Calibrations = {}
     for mix in mixes:
-        table = pd.read_parquet(path / mix / "policies.parquet")
+        table = read_table(path / mix / "policies.parquet")
         for policy, rows in table.groupby("policy", observed=True, sort=False):
             amaxes = dict(zip(rows.site, rows.calibrated_amax, strict=True))
             found.setdefault(mix, {})[str(policy)] = amaxes
     return found
 
 
-def calibration_table(folder: Path, name: str) -> pd.DataFrame:
-    """The calibration pool's rows: a file of their own until a run is done, then part of both."""
+def calibration_file(folder: Path, name: str) -> Path:
+    """Where the calibration pool's rows are: in a file of their own until a run is done."""
     path = folder / f"calibration_{name}.parquet"
-    if path.exists():
-        return pd.read_parquet(path)
-    table = pd.read_parquet(folder / f"{name}.parquet")
+    return path if path.exists() else folder / f"{name}.parquet"
+
+
+def calibration_table(folder: Path, name: str) -> pd.DataFrame:
+    """The calibration pool's rows, without what scoring has added."""
+    table = read_table(calibration_file(folder, name))
     table = table.drop(columns=["mse_flush", "mse_floor"], errors="ignore")
     return table[table.pool == "calibration"] if "pool" in table else table
 
@@ -87,6 +91,7 @@ def without_equal_floor(errors: pd.DataFrame) -> pd.DataFrame:
     keys = ["site", "calibration", "policy"]
     wide = errors.pivot_table(index=[*keys, "group"], columns="underflow", values="mse", observed=True)
     differ = (wide.flush != wide.floor).groupby(keys, observed=True).any()
-    kept = differ.reindex(pd.MultiIndex.from_frame(errors[keys])).to_numpy(dtype=bool)
+    # A policy without a value has no errors to compare.
+    kept = differ.reindex(pd.MultiIndex.from_frame(errors[keys]), fill_value=False).to_numpy(dtype=bool)
     errors = errors[(errors.underflow == "flush").to_numpy() | kept]
     return errors.astype({"mse": np.float32, "group": np.int16})

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The NVFP4 Calibration Book authors
+"""The passes of a run that count what is seen at the sites of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from nvfp4_utils.forward import entry_of
+from nvfp4_utils.hooks import capture, hooked
+from nvfp4_utils.sites import find_sites
+from nvfp4_utils.statistics import SiteStatistics
+
+Callback = Callable[[str, torch.Tensor], None]
+
+
+def labels(model) -> list[str]:
+    """Every site's label, in module order."""
+    return list(find_sites(model))
+
+
+def count(
+    model, batches: Iterable, group: int, callbacks: Sequence[Callback] = ()
+) -> dict[str, SiteStatistics]:
+    """Statistics of every site, with other callbacks fed by the same forward passes."""
+    found = find_sites(model)
+    with ExitStack() as stack:
+        for callback in callbacks:
+            stack.enter_context(hooked(model, found, callback))
+        return capture(model, batches, found, group_size=group)
+
+
+def follow(model, batches: Iterable[torch.Tensor], callback: Callback) -> None:
+    """Run batches of int64 tokens for a callback alone."""
+    device = next(model.parameters()).device
+    with torch.inference_mode(), hooked(model, find_sites(model), callback):
+        for batch in batches:
+            entry_of(model)(input_ids=batch.to(device))
