@@ -295,10 +295,11 @@ def reconciliation(table: pd.DataFrame, control: pd.DataFrame, bits: pd.DataFram
     ]
     clipped = (table.saturation < 0).mean()
     harmed = (table.loss_db > LOSS_WARNING_DB).mean()
+    verdict = ": clipping is the rule, harm the exception" if harmed < 0.1 < 0.5 < clipped else ""
     return (
         f"- {clipped:.0%} of the stored scales clip something that the run saw and {harmed:.1%} "
         "lose more than "
-        f"{LOSS_WARNING_DB} dB: clipping is the rule, harm the exception.\n"
+        f"{LOSS_WARNING_DB} dB{verdict}.\n"
         f"- Exchanged value and reciprocal are seen in {seen} of {len(control)} settings by the "
         "median, in "
         f"{len(control) - len(blind)} with a run, with {false} false alarms. Not seen: "
