@@ -226,8 +226,8 @@ def test_expert_spread_threshold_is_half_the_median_room():
 
 
 def test_slack_against_a_run_of_the_policies_own_scales(skeleton, run, tmp_path):
-    """Scales at the run's room end: no slack above; at the calibration pool's amax: what policies "
-    "says."""
+    """Scales at the run's room end: no slack above; at the calibration pool's amax: what policies
+    says."""
     from studies.checkpoints.against_run import slack_table
 
     tops = run.policies(run.mixes[0]).query("policy == 'raised-all'").set_index("site").calibrated_amax
@@ -253,6 +253,17 @@ def test_a_factor_left_out_everywhere_is_seen_with_a_run(skeleton, run, tmp_path
     off = put(skeleton, {m: stored(skeleton, 448 * amaxes[s]) for m, s in sites.items()})
     found = [f for f in audit.audit(build(off, tmp_path / "c"), run) if f.kind == "magnitude"]
     assert [f.value for f in found if f.severity == "error"] == [448.0]
+
+
+@pytest.mark.parametrize("policy", ["amax", "raised"])
+def test_an_exchange_in_the_whole_checkpoint_is_seen_with_a_run(skeleton, run, policy, tmp_path):
+    sites = scales.site_readers(run.readers, modules_of(skeleton))
+    amaxes = export.policy_amaxes(run, policy, run.mixes[0])
+    right = put(skeleton, {m: stored(skeleton, amaxes[s]) for m, s in sites.items()})
+    assert not [f for f in audit.audit(build(right, tmp_path / "a"), run) if f.kind == "magnitude"]
+    wrong = put(skeleton, {m: stored(skeleton, 2688**2 / amaxes[s]) for m, s in sites.items()})
+    found = [f for f in audit.audit(build(wrong, tmp_path / "b"), run) if f.kind == "magnitude"]
+    assert found[0].severity == "error" and any("rank correlation" in f.message for f in found)
 
 
 def test_a_run_of_another_model_is_refused(tmp_path):
@@ -365,7 +376,7 @@ def test_a_policy_that_is_no_one_scale_is_refused(run, policy):
 def test_modules_that_read_no_site_are_refused_and_nothing_is_left(run, tmp_path):
     folder = build(mixture_skeleton(1, 2, 64, 1), tmp_path / "c")
     with pytest.raises(
-        ValueError, match=r"2 of 10 modules read no site .* as model.layers.0.mlp.experts.0.down_proj"
+        ValueError, match=r"6 of 10 modules read no site .* as model.layers.0.mlp.experts.0.down_proj"
     ):
         export.export(run, "amax", run.mixes[0], tmp_path / "out", folder)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]

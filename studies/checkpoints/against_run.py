@@ -13,7 +13,7 @@ import pandas as pd
 from nvfp4_utils.quantize import AMAX_PER_SCALE, E4M3_MAX
 from studies.runs.store import Run
 
-from .findings import Finding, Scale
+from .findings import Finding, Scale, Severity
 from .scales import site_readers
 
 # Half a decibel is what the pages call harm; three are twice the noise power.
@@ -22,6 +22,10 @@ LOSS_WARNING_DB, LOSS_ERROR_DB = 0.5, 3.0
 # left out).
 FACTORS = (AMAX_PER_SCALE, E4M3_MAX, 6.0)
 FACTOR_TOLERANCE = 2.0**0.25  # text moves an amax by less than this at most sites
+# Rank correlation of stored amaxes with the run's over sites. Read rightly, no policy on any text of
+# the stored
+# runs has less than -0.42; the reciprocal turns the sign.
+RANK_LIMIT = -0.5
 FACTOR_SHARE = 0.75  # of the sites: a policy that raises amaxes raises them unequally
 
 
@@ -74,6 +78,7 @@ def slack_findings(scales: Iterable[Scale], run: Run, mix: str) -> Iterator[Find
             "belongs to "
             f"one, not {scales[0].tensor}; expected the run of the same model. Name it with RUN=."
         )
+    yield from _exchanged(table, run, mix)
     yield from _common_factor(table, run, mix)
     for row in table.to_dict("records"):
         yield _slack(row, run, mix)
@@ -81,9 +86,11 @@ def slack_findings(scales: Iterable[Scale], run: Run, mix: str) -> Iterator[Find
 
 def _slack(row: dict[str, Any], run: Run, mix: str) -> Finding:
     loss, low, high = row["loss_db"], row["saturation"], row["underflow"]
-    severity = (
-        "error" if loss > LOSS_ERROR_DB else "warning" if loss > LOSS_WARNING_DB or high < 0 else "info"
-    )
+    severity: Severity = "info"
+    if loss > LOSS_ERROR_DB:
+        severity = "error"
+    elif loss > LOSS_WARNING_DB or high < 0:
+        severity = "warning"
     clipped = (
         f"{low:.2f} octaves above the largest block" if low >= 0 else f"clips by {-low:.2f} octaves"
     )
@@ -102,6 +109,26 @@ def _slack(row: dict[str, Any], run: Run, mix: str) -> Finding:
     )  # fmt: skip
 
 
+def rank_correlation(table: pd.DataFrame) -> float:
+    """Spearman's correlation of the stored amaxes with the run's, over the sites of a
+    ``slack_table``."""
+    sites = table.drop_duplicates("site")
+    return float(sites.amax.corr(sites.amax / sites.of_amax, method="spearman"))
+
+
+def _exchanged(table: pd.DataFrame, run: Run, mix: str) -> Iterator[Finding]:
+    correlation = rank_correlation(table)
+    if correlation < RANK_LIMIT:
+        yield Finding(
+            "", "magnitude", "error",
+            f"sites of large amax in {run.name}, {mix}, have small ones here: rank correlation "
+            f"{correlation:.2f}. Value and reciprocal look exchanged in the whole checkpoint. "
+            "Rule: below "
+            f"{RANK_LIMIT}.",
+            round(correlation, 4),
+        )  # fmt: skip
+
+
 def _common_factor(table: pd.DataFrame, run: Run, mix: str) -> Iterator[Finding]:
     for factor in (f for size in FACTORS for f in (size, 1 / size)):
         off = np.abs(np.log2(table.of_amax / factor))
@@ -115,10 +142,3 @@ def _common_factor(table: pd.DataFrame, run: Run, mix: str) -> Iterator[Finding]
                 f"{FACTOR_SHARE:.0%} of the sites within {FACTOR_TOLERANCE:.3g} times 2688, 448 or 6.",
                 factor,
             )  # fmt: skip
-
-
-def exchanged_share(table: pd.DataFrame) -> float:
-    """Share of the scales whose reciprocal is nearer to the run's amax than the value."""
-    amax = table.amax / table.of_amax
-    other = AMAX_PER_SCALE**2 / table.amax
-    return float((np.abs(np.log2(other / amax)) < np.abs(np.log2(table.of_amax))).mean())

@@ -73,7 +73,7 @@ def mixture(skeleton: Skeleton) -> Skeleton:
 
 def _spread_out(skeleton: Skeleton) -> Skeleton:
     """Give every tensor bytes of its own, in the order of the headers."""
-    headers = {}
+    headers: dict[str, dict] = {}
     for file, header in skeleton["headers"].items():
         at, headers[file] = 0, {}
         for name, entry in header.items():

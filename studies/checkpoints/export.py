@@ -66,8 +66,8 @@ class ModuleScales:
 
 
 def policy_amaxes(run: Run, policy: str, mix: str) -> dict[str, float]:
-    """Site -> calibrated amax. Raises ``ValueError`` for a policy the run lacks or that is not "
-    "one scale."""
+    """Site -> calibrated amax. Raises ``ValueError`` for a policy the run lacks or that is not
+    one scale."""
     table = run.policies(mix)
     known = [p for p in table.policy.unique() if p in POLICIES and POLICIES[p].one_scale]
     if policy not in known:
@@ -123,8 +123,8 @@ def write_scales(scales: ModuleScales, out: Path) -> None:
 
 
 def start_folder(out: Path) -> Path:
-    """An empty folder beside ``out`` to be renamed to it. Raises ``FileExistsError`` if ``out`` "
-    "exists."""
+    """An empty folder beside ``out`` to be renamed to it. Raises ``FileExistsError`` if ``out``
+    exists."""
     if out.exists() or out.is_symlink():
         raise FileExistsError(
             f"{out} exists; expected a new folder. Delete it or name another with OUT=."

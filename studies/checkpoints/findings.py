@@ -33,10 +33,11 @@ KINDS = ("unknown_format", "truncated", "convention", "nonfinite", "negative", "
 # ModelOpt's set_expert_quantizer_amax gives 0.5 to experts of a layer none of which calibration reached.
 IMPUTED_AMAX = 0.5
 IMPUTED_TOLERANCE = 1e-6  # relative: float32 rounding of 0.5 / 2688 is 6e-8
-# The largest float16. No scale read as it should be has a larger median over a checkpoint, by any
-# policy of
-# the stored runs or of the published layers; with g and 1/g exchanged the median is 2688**2 / amax,
-# above it.
+# The largest float16. Read rightly, no policy of the stored runs has a larger median over a
+# checkpoint, nor do
+# the published layers. With g and 1/g exchanged the median is 2688**2 / amax: above it for scales from
+# the amax,
+# below for scales aimed at more than 110, which only a run tells apart.
 LARGEST_MEDIAN = 65504.0
 # A single module is called exchanged if its amax is above that and the other reading lies within this
 # factor of the median of its role. One published amax, 774144 in a layer of median 124, is real and 13
@@ -49,8 +50,8 @@ EXPERT_SPREAD = 2.0**5
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing wrong, or worth knowing. ``value``: what was found, JSON; ``message`` ends in its "
-    "rule."""
+    """One thing wrong, or worth knowing. ``value``: what was found, JSON; ``message`` ends in its
+    rule."""
 
     tensor: str
     kind: str
@@ -109,12 +110,12 @@ def format_findings(
             "again. Rule: a file is as long as its header says, and there if the index names it.",
             file.name,
         )  # fmt: skip
-    for name, file in checkpoint.absent.items():
+    for name, promised in checkpoint.absent.items():
         yield Finding(
             name, "truncated", "error",
-            f"the index says it is in {file}, whose header does not have it. Index and files are of "
+            f"the index says it is in {promised}, whose header does not have it. Index and files are of "
             "different exports: copy both from one. Rule: every tensor of the index is in its file.",
-            file,
+            promised,
         )  # fmt: skip
     if not modules and not checkpoint.cut:
         declared = _declared(checkpoint.config) or "no quantization"
@@ -175,8 +176,8 @@ def static_activations(config: Mapping) -> Literal["yes", "no", "some"]:
 def presence_findings(
     checkpoint: Checkpoint, modules: Mapping[str, QuantizedModule]
 ) -> Iterator[Finding]:
-    """``missing`` and ``convention``: no scale, two, or one that the weights' convention does not "
-    "read."""
+    """``missing`` and ``convention``: no scale, two, or one that the weights' convention does not
+    read."""
     static = static_activations(checkpoint.config)
     bare = [m for m in modules.values() if not m.scales]
     if modules and len(bare) == len(modules):
@@ -187,9 +188,8 @@ def presence_findings(
             f"{module.name}.{module.convention.leaf}", "missing",
             "error" if static == "yes" else "warning",
             "the weights are NVFP4 and no activation scale is stored: an engine runs it with whatever "
-            "its buffer holds, or refuses. Calibrate it; an expert never reached gets the largest "
-            "of the others "
-            "(make export does). Rule: other modules have "
+            "its buffer holds, or refuses. Calibrate it; an expert never reached gets the largest of "
+            "the others (make export does). Rule: other modules have "
             f"one{', config.json allows some without' * (static == 'some')}.",
         )  # fmt: skip
     for module in modules.values():
@@ -286,8 +286,8 @@ def _placeholder(scale: Scale) -> Finding | None:
 
 
 def relation_findings(scales: Iterable[Scale]) -> Iterator[Finding]:
-    """``fused_mismatch``, ``expert_spread``, ``magnitude``: a value beside the others. Sound ones "
-    "only."""
+    """``fused_mismatch``, ``expert_spread``, ``magnitude``: a value beside the others. Sound ones
+    only."""
     sound = [scale for scale in scales if scale.sound]
     by_module = {s.module.name: s for s in sound if s.module.convention.leaf in s.tensor
                  and not s.tensor.endswith("]")}  # fmt: skip

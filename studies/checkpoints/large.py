@@ -27,7 +27,9 @@ def mixture_skeleton(layers: int, experts: int, width: int, shards: int, amax: f
     ]
     scale = base64.b64encode(struct.pack("<f", MODELOPT.stored(amax))).decode()
     per_shard = math.ceil(len(linears) / shards)
-    headers, weight_map, scales = {}, {}, {}
+    headers: dict[str, dict] = {}
+    weight_map: dict[str, str] = {}
+    scales: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         header, at = {}, 0

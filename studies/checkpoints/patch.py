@@ -92,8 +92,8 @@ def _refuse_broken(source: Checkpoint, modules: Mapping[str, QuantizedModule]) -
 
 
 def to_bytes(convention: Convention, amax: float, dtype: str) -> bytes:
-    """The stored bytes of a scale. Coarser dtypes round towards the larger amax, so that none "
-    "saturates."""
+    """The stored bytes of a scale. Coarser dtypes round towards the larger amax, so that none
+    saturates."""
     exact = torch.tensor(convention.stored(amax), dtype=torch.float64)
     value = exact.to(DTYPES[dtype])
     short = value.double() > exact if convention.inverse else value.double() < exact

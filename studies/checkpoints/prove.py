@@ -275,14 +275,14 @@ def check_compressed_tensors(work: Path) -> dict:
         parts["float32, its order of operations"][name] = compare(_reordered(x, G), wide)
         flushed = (ours == 0).view(-1, 16).all(1, keepdim=True).expand(-1, 16).reshape(ours.shape)
         parts["blocks it does not flush"][name] = compare(ours.where(flushed, wide), wide)
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         packed, block, G_weight = (
             stored[f"{name}.{leaf}"] for leaf in ("weight_packed", "weight_scale", "weight_global_scale")
         )
         mine = decode_weight(packed, block, 1 / G_weight.item()).to(x.dtype)
         parts["weights"][name] = compare(mine, module.weight)
     read = {
-        n: compare(torch.tensor([G]), model.get_submodule(n).input_global_scale)
+        n: compare(torch.tensor([G]), model.get_parameter(f"{n}.input_global_scale"))
         for n, G in scales.items()
     }
     return {"scale read back": total(read)} | {name: total(part) for name, part in parts.items()}
@@ -413,9 +413,8 @@ def collect(work: Path) -> None:
 
     TARGET.mkdir(parents=True, exist_ok=True)
     outcome = {stage: json.loads((work / f"{stage}.json").read_text()) for stage in STAGES}
-    parameters = {"model": MODEL, "mix": MIX, "sequences": SEQUENCES, "run": RUN, "policy": POLICY,
-                  "tokens": TOKENS}  # fmt: skip
-    write_json({"provenance": provenance(**parameters)} | outcome, TARGET / "proof.json")
+    made = provenance(model=MODEL, mix=MIX, sequences=SEQUENCES, run=RUN, policy=POLICY, tokens=TOKENS)
+    write_json({"provenance": made} | outcome, TARGET / "proof.json")
     for maker in MAKERS:
         save_skeleton(work / maker, TARGET / f"{maker}.json.gz")
 

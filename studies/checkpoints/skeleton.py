@@ -38,8 +38,8 @@ def load_skeleton(file: Path) -> Skeleton:
 
 
 def take_skeleton(folder: Path) -> Skeleton:
-    """``json``: configuration and index files; ``headers``: file -> header; ``scales``: tensor -> "
-    "base64."""
+    """``json``: configuration and index files; ``headers``: file -> header; ``scales``: tensor ->
+    base64."""
     checkpoint = open_checkpoint(folder)
     headers, scales = {}, {}
     for file in checkpoint.files:
