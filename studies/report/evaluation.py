@@ -34,7 +34,7 @@ def evaluation_stage(
         Setting("", "", "A recommended", amaxes=amaxes["recommended"]),
         Setting("", "", "A amax", amaxes=amaxes["amax"]),
     ]
-    weights = sum(m.weight.nbytes for linears in sites.values() for m in linears.values())
+    weights = sum(m.get_parameter("weight").nbytes for linears in sites.values() for m in linears.values())
     if weights < free_bytes(next(model.parameters()).device) / 2:
         settings += [
             Setting("", "", "W", weights="nvfp4", rule=NONE),

@@ -11,7 +11,7 @@ import torch
 
 from nvfp4_utils.forward import entry_of
 from nvfp4_utils.hooks import capture, hooked
-from nvfp4_utils.sites import find_sites
+from nvfp4_utils.sites import Site, find_sites
 from nvfp4_utils.statistics import SiteStatistics
 
 Callback = Callable[[str, torch.Tensor], None]
@@ -22,6 +22,11 @@ def labels(model) -> list[str]:
     return list(find_sites(model))
 
 
+def _by_sequence(sites: dict[str, Site]) -> dict[str, Site]:
+    """Without experts that are modules, whose tokens belong to no known sequence."""
+    return {label: site for label, site in sites.items() if site.form != "routed"}
+
+
 def count(
     model, batches: Iterable, group: int, callbacks: Sequence[Callback] = ()
 ) -> dict[str, SiteStatistics]:
@@ -29,13 +34,13 @@ def count(
     found = find_sites(model)
     with ExitStack() as stack:
         for callback in callbacks:
-            stack.enter_context(hooked(model, found, callback))
+            stack.enter_context(hooked(model, _by_sequence(found), callback))
         return capture(model, batches, found, group_size=group)
 
 
 def follow(model, batches: Iterable[torch.Tensor], callback: Callback) -> None:
     """Run batches of int64 tokens for a callback alone."""
     device = next(model.parameters()).device
-    with torch.inference_mode(), hooked(model, find_sites(model), callback):
+    with torch.inference_mode(), hooked(model, _by_sequence(find_sites(model)), callback):
         for batch in batches:
             entry_of(model)(input_ids=batch.to(device))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pandas as pd
@@ -14,8 +15,12 @@ from nvfp4_utils.statistics import ActivationStatistics
 
 
 def oracles(total: ActivationStatistics) -> dict[Underflow, float]:
-    """The oracle under both conventions; NaN for a pool that is all zero, where all scales are alike."""
-    return {u: policies.oracle(total, u) if total.amax else math.nan for u in UNDERFLOWS}
+    """The oracle under both conventions; NaN where no scale has a lower error than another."""
+    found = dict.fromkeys(UNDERFLOWS, math.nan)
+    for underflow in UNDERFLOWS:
+        with contextlib.suppress(policies.NoValue):
+            found[underflow] = policies.oracle(total, underflow)
+    return found
 
 
 def say_missing(table: pd.DataFrame) -> None:
