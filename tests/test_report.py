@@ -20,6 +20,7 @@ from nvfp4_utils.quantize import input_scale_from_amax
 from nvfp4_utils.statistics import ActivationStatistics, SiteStatistics
 from studies.report import __main__ as report_command
 from studies.report import evaluation, measure, rules, schema, verdict, words
+from studies.report import html as report_html
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQUENCES, TOKENS, WIDTH = 8, 16, 64
@@ -440,7 +441,7 @@ def command(monkeypatch, runs: Path, *arguments: str) -> int:
 
 
 def test_a_model_from_text_to_a_report_and_again(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report_command.html, "write_page", lambda folder: folder / "report.html")
+    monkeypatch.setattr(report_html, "write_page", lambda folder: folder / "report.html")
     text = tmp_path / "text"
     text.mkdir()
     (text / "a.txt").write_text("\n\n".join(f"Paragraph {i} says {i * i}." for i in range(4000)))

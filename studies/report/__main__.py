@@ -29,7 +29,7 @@ from studies.data import models
 from studies.data.mixes import EMBEDDED_MIX
 from studies.runs.store import RUNS, provenance, sha256_of, write_json
 
-from . import html, measure, schema, verdict, words
+from . import measure, schema, verdict, words
 from .coverage import coverage
 from .evaluation import evaluation_stage
 from .rules import RULES, wide_octaves
@@ -258,6 +258,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     a = parser.parse_args(arguments)
+    from . import html  # here: where a model is measured by other means, there need be no notebook
+
     try:
         settings = ReportSettings(a.model, tuple(a.dataset.split(",")), a.sequences, a.length)
         folder = RUNS / (a.run or settings.run)

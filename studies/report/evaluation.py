@@ -34,7 +34,8 @@ def evaluation_stage(
         Setting("", "", "A recommended", amaxes=amaxes["recommended"]),
         Setting("", "", "A amax", amaxes=amaxes["amax"]),
     ]
-    weights = sum(m.get_parameter("weight").nbytes for linears in sites.values() for m in linears.values())
+    linears = [linear for readers in sites.values() for linear in readers.values()]
+    weights = sum(linear.get_parameter("weight").nbytes for linear in linears)
     if weights < free_bytes(next(model.parameters()).device) / 2:
         settings += [
             Setting("", "", "W", weights="nvfp4", rule=NONE),
