@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -335,7 +336,7 @@ def test_golden_block_of_the_reciprocal_is_another():
 
 def test_exported_files_agree_and_a_changed_one_is_refused(run, tmp_path):
     out = tmp_path / "out"
-    export.export(run, "amax", run.mixes[0], out)
+    export.export(export.of_run(run, "amax", run.mixes[0]), out)
     modules = export.load_scales(out)
     amax = run.policies(run.mixes[0]).query("policy == 'amax'").set_index("site").calibrated_amax
     assert len(modules) == 210
@@ -378,7 +379,7 @@ def test_modules_that_read_no_site_are_refused_and_nothing_is_left(run, tmp_path
     with pytest.raises(
         ValueError, match=r"6 of 10 modules read no site .* as model.layers.0.mlp.experts.0.down_proj"
     ):
-        export.export(run, "amax", run.mixes[0], tmp_path / "out", folder)
+        export.export(export.of_run(run, "amax", run.mixes[0]), tmp_path / "out", folder)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
 
 
@@ -387,7 +388,7 @@ def test_modules_that_read_no_site_are_refused_and_nothing_is_left(run, tmp_path
 def test_a_patched_copy_differs_in_the_bytes_of_the_scales_alone(run, convention, shards, tmp_path):
     source, out = tiny(tmp_path / "c", convention, shards), tmp_path / "out"
     before = {p.relative_to(source): p.read_bytes() for p in source.rglob("*") if p.is_file()}
-    export.export(run, "amax", run.mixes[0], out, source)
+    export.export(export.of_run(run, "amax", run.mixes[0]), out, source)
     assert before == {p.relative_to(source): p.read_bytes() for p in source.rglob("*") if p.is_file()}
     checkpoint = open_checkpoint(source)
     modules = scales.quantized_modules(checkpoint)
@@ -418,7 +419,7 @@ def test_links_of_a_hub_snapshot_become_files(run, tmp_path):
     for name in ("model.safetensors", "config.json"):
         (snapshot / name).symlink_to(blobs / name)
     original = (blobs / "model.safetensors").read_bytes()
-    export.export(run, "amax", run.mixes[0], tmp_path / "out", snapshot)
+    export.export(export.of_run(run, "amax", run.mixes[0]), tmp_path / "out", snapshot)
     assert not (tmp_path / "out" / "model.safetensors").is_symlink()
     assert (
         (blobs / "model.safetensors").read_bytes()
@@ -441,12 +442,12 @@ def test_an_existing_target_is_kept_and_a_broken_source_refused(run, tmp_path):
     source, out = tiny(tmp_path / "c"), tmp_path / "out"
     out.mkdir()
     with pytest.raises(FileExistsError, match="expected a new folder"):
-        export.export(run, "amax", run.mixes[0], out, source)
+        export.export(export.of_run(run, "amax", run.mixes[0]), out, source)
     out.rmdir()
     with (source / "model.safetensors").open("r+b") as stream:
         stream.truncate(3000)
     with pytest.raises(UnreadableError, match="is not whole"):
-        export.export(run, "amax", run.mixes[0], out, source)
+        export.export(export.of_run(run, "amax", run.mixes[0]), out, source)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
 
 
@@ -470,7 +471,7 @@ def test_killed_in_the_middle_nothing_half_written_carries_the_name(tmp_path, wi
     process.stdout.close()
     assert not out.exists()
     assert (with_signal == signal.SIGKILL) == (tmp_path / "out.partial").exists()
-    export.export(Run("smollm2"), "amax", Run("smollm2").mixes[0], out, source)
+    export.export(export.calibration_of("smollm2", "amax"), out, source)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "out", "out.json"]
 
 
@@ -502,3 +503,23 @@ def test_a_skeleton_of_a_rebuilt_checkpoint_is_the_same(skeleton, tmp_path):
     assert again["scales"] == skeleton["scales"]
     assert again["headers"] == skeleton["headers"]
     assert get(again, DOWN) == get(skeleton, DOWN)
+
+
+def test_a_report_is_exported_as_it_recommends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = json.loads((RESULTS / "report" / "reference.json").read_text())
+    label, site = next(iter(stored["sites"].items()))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.json").write_text(json.dumps(stored))
+    monkeypatch.setattr(export, "RUNS", tmp_path)
+    command = ["--run", "mine", "--out", str(tmp_path / "out"), "--policy"]
+    assert export.main([*command, "recommended"]) == 0
+    modules = export.load_scales(tmp_path / "out")
+    assert set(modules) == {name for s in stored["sites"].values() for name in s["linears"]}
+    for name in site["linears"]:
+        assert modules[name]["site"] == label and modules[name]["input_scale"] == site["input_scale"]
+    shutil.rmtree(tmp_path / "out")
+    assert export.main([*command, "least"]) == 2 and not (tmp_path / "out").exists()
+    stored["sites"][label]["calibrated_amax"]["p99"] = None
+    (tmp_path / "mine" / "report.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=f"^p99 has no value at {label}; "):
+        export.calibration_of("mine", "p99")

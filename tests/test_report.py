@@ -327,38 +327,6 @@ def test_the_description_names_every_key():
 # -------------------------------------------------------------------------------------- the page
 
 
-def test_the_page_on_your_own_model_patches_every_linear(tmp_path):
-    """The code of the page, on a checkpoint of two files."""
-    from safetensors.torch import load_file, save_file
-
-    text = (ROOT / "book/your_model.md").read_text()
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    sites = {
-        "a": {"input_scale": 0.5, "linears": ["up", "gate"]},
-        "b": {"input_scale": 2.0, "linears": ["o"]},
-    }
-    (tmp_path / "report.json").write_text(json.dumps({"sites": sites}))
-    one = torch.ones(())
-    save_file(
-        {"up.weight": torch.ones(2), "up.input_scale": one}, folder / "1.safetensors", {"format": "pt"}
-    )
-    save_file({"gate.input_scale": one.clone(), "o.input_scale": one.clone()}, folder / "2.safetensors")
-    code = code.replace("runs/mine/report.json", str(tmp_path / "report.json"))
-    code = code.replace("path/to/checkpoint", str(folder)).replace(
-        "path/to/copy", str(tmp_path / "copy")
-    )
-    exec(code, {})
-    patched = load_file(tmp_path / "copy/1.safetensors") | load_file(tmp_path / "copy/2.safetensors")
-    expected = {"up.input_scale": 0.5, "gate.input_scale": 0.5, "o.input_scale": 2.0}
-    assert {k: v.item() for k, v in patched.items() if v.ndim == 0} == expected
-    assert torch.equal(patched["up.weight"], torch.ones(2))
-    (folder / "2.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"has no \['gate.input_scale', 'o.input_scale'\]"):
-        exec(code.replace(str(tmp_path / "copy"), str(tmp_path / "again")), {})
-
-
 def stored() -> dict:
     return words.load("results/report/reference.json")
 

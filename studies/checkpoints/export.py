@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nvfp4_utils.policies import POLICIES
-from studies.runs.store import Run, provenance, write_json
+from studies.runs.store import RUNS, Run, check_run_name, provenance, write_json
 
 from .audit import chosen_mix
 from .files import open_checkpoint
@@ -35,6 +35,7 @@ from .patch import patch_checkpoint, print_changes
 from .scales import CONVENTIONS, fill_experts, quantized_modules, site_readers, unify
 
 SCALES = "scales.json"
+RECOMMENDED = "recommended"  # policy of a report: what it says to set
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,56 @@ def policy_amaxes(run: Run, policy: str, mix: str) -> dict[str, float]:
     return dict(zip(rows.site.astype(str), rows.calibrated_amax.tolist(), strict=True))
 
 
-def module_scales(run: Run, policy: str, mix: str, modules: Iterable[str] = ()) -> ModuleScales:
-    """A policy's amax for every module, by default of the run's own model.
+@dataclass(frozen=True)
+class Calibration:
+    """One amax per site: ``amaxes``, site -> calibrated amax; ``readers``, site -> linears that read it;
+    ``origin``: run, model, mix and policy."""
 
-    Raises
-    ------
-    ValueError
-        For a policy as ``policy_amaxes``, and for modules that read no site of the run.
+    amaxes: Mapping[str, float]
+    readers: Mapping[str, list[str]]
+    origin: Mapping[str, str]
+
+
+def of_run(run: Run, policy: str, mix: str) -> Calibration:
+    """A policy of a captured run. Raises ``ValueError`` as ``policy_amaxes``."""
+    origin = {"run": run.name, "model": run.model_name, "mix": mix, "policy": policy}
+    return Calibration(policy_amaxes(run, policy, mix), run.readers, origin)
+
+
+def of_report(file: Path, policy: str) -> Calibration:
+    """A policy of ``report.json``: ``recommended``, which has a scale for every site, or a plain one.
+
+    Raises ``ValueError`` for another policy, and for one that has no value at a site.
     """
-    by_site = policy_amaxes(run, policy, mix)
-    readers = {site: names for site, names in run.readers.items() if site in by_site}
+    report = json.loads(file.read_text())
+    sites: dict[str, dict] = report["sites"]
+    names = list(next(iter(sites.values()))["calibrated_amax"])
+    if policy not in (RECOMMENDED, *names):
+        raise ValueError(
+            f"policy is {policy!r}; expected {RECOMMENDED} or one of {', '.join(names)}, as {file} has."
+        )
+    amaxes = {
+        label: site["recommended_amax"] if policy == RECOMMENDED else site["calibrated_amax"][policy]
+        for label, site in sites.items()
+    }
+    without = [label for label, amax in amaxes.items() if amax is None]
+    if without:
+        raise ValueError(
+            f"{policy} has no value at {', '.join(without[:3])}; expected one at each of {len(sites)} "
+            f"sites. Export {RECOMMENDED}."
+        )
+    origin = {"run": file.parent.name, "model": report["model"]["name"],
+              "mix": report["text"]["calibration"], "policy": policy}  # fmt: skip
+    return Calibration(amaxes, {label: site["linears"] for label, site in sites.items()}, origin)
+
+
+def module_scales(calibration: Calibration, modules: Iterable[str] = ()) -> ModuleScales:
+    """An amax for every module, by default of the calibrated model's own.
+
+    Raises ``ValueError`` for modules that read no site of the calibration.
+    """
+    by_site, origin = calibration.amaxes, calibration.origin
+    readers = {site: names for site, names in calibration.readers.items() if site in by_site}
     modules = list(modules) or [name for names in readers.values() for name in names]
     sites = site_readers(readers, modules)
     amaxes, filled = fill_experts({m: by_site[site] for m, site in sites.items()}, modules)
@@ -96,11 +137,10 @@ def module_scales(run: Run, policy: str, mix: str, modules: Iterable[str] = ()) 
     lost = [m for m in modules if m not in amaxes]
     if lost:
         raise ValueError(
-            f"{len(lost)} of {len(modules)} modules read no site of run {run.name!r}, as {lost[0]}; "
-            f"expected readers of its {len(run.sites)} sites, such as {next(iter(sites), 'none here')}. "
+            f"{len(lost)} of {len(modules)} modules read no site of run {origin['run']!r}, as {lost[0]};"
+            f" expected readers of its {len(readers)} sites, such as {next(iter(sites), 'none here')}. "
             "Capture a run of the same model."
         )
-    origin = {"run": run.name, "model": run.model_name, "mix": mix, "policy": policy}
     return ModuleScales(amaxes, sites, moved, filled, origin)
 
 
@@ -164,18 +204,18 @@ def load_scales(folder: Path) -> dict[str, dict]:
     return modules
 
 
-def export(run: Run, policy: str, mix: str, out: Path, checkpoint: Path | None = None) -> ModuleScales:
-    """Write a policy's scales to ``out``: files of their own, or a patched copy of ``checkpoint``.
+def export(calibration: Calibration, out: Path, checkpoint: Path | None = None) -> ModuleScales:
+    """Write scales to ``out``: files of their own, or a patched copy of ``checkpoint``.
 
     Raises ``ValueError`` or ``OSError`` saying what is wrong; then nothing is left at ``out``.
     """
     if checkpoint is None:
-        scales = module_scales(run, policy, mix)
+        scales = module_scales(calibration)
         write_scales(scales, out)
         return scales
     source = open_checkpoint(checkpoint)
     modules = quantized_modules(source)
-    scales = module_scales(run, policy, mix, modules)
+    scales = module_scales(calibration, modules)
     partial = start_folder(out)
     try:
         changes = patch_checkpoint(source, modules, scales.amaxes, partial)
@@ -188,6 +228,16 @@ def export(run: Run, policy: str, mix: str, out: Path, checkpoint: Path | None =
     return scales
 
 
+def calibration_of(name: str, policy: str, mix: str = "") -> Calibration:
+    """Of the run of that name: what ``make capture`` made, or else what ``make recommend`` did."""
+    check_run_name(name)
+    report = RUNS / name / "report.json"
+    if report.is_file() and not report.with_name("run.json").is_file():
+        return of_report(report, policy)
+    run = Run(name)
+    return of_run(run, policy, chosen_mix(run, mix))
+
+
 def _stop(signum: int, frame: object) -> None:
     raise SystemExit(128 + signum)  # so that `finally` removes what is half written
 
@@ -195,15 +245,14 @@ def _stop(signum: int, frame: object) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", required=True)
-    parser.add_argument("--policy", required=True)
+    parser.add_argument("--policy", required=True, help="of a report also: recommended")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--mix", default="", help="of the run; default: its first")
     parser.add_argument("--checkpoint", type=Path, default=None, help="copy it with these scales")
     a = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _stop)
     try:
-        run = Run(a.run)
-        scales = export(run, a.policy, chosen_mix(run, a.mix), a.out, a.checkpoint)
+        scales = export(calibration_of(a.run, a.policy, a.mix), a.out, a.checkpoint)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -213,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{len(members)} {what}"
             + "".join(f"\n  {m['module']}: amax {m['given']:.6g}" for m in members)
         )
-    print(f"{len(scales.amaxes)} modules, {a.policy} of {run.name} on {scales.origin['mix']}: {a.out}")
+    print(f"{len(scales.amaxes)} modules, {a.policy} of {a.run} on {scales.origin['mix']}: {a.out}")
     return 0
 
 

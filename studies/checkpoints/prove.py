@@ -36,7 +36,7 @@ from nvfp4_utils.quantize import (
 )
 from studies.runs.store import RESULTS, Run, provenance, write_json
 
-from .export import export
+from .export import export, of_run
 from .files import open_checkpoint, read_values
 from .scales import COMPRESSED_TENSORS, MODELOPT, quantized_modules
 
@@ -177,7 +177,7 @@ def patch(work: Path) -> dict:
         source, target = work / maker, work / f"{maker}-patched"
         shutil.rmtree(target, ignore_errors=True)
         run = Run(RUN)
-        export(run, POLICY, run.mixes[0], target, source)
+        export(of_run(run, POLICY, run.mixes[0]), target, source)
         checkpoint = open_checkpoint(source)
         inside = {
             position
