@@ -103,6 +103,7 @@ def test_steps_are_counted_by_phase_and_hooks_removed(model):
     label = "layers.0.attention_input"
     for phase, ids in (("prefill", prompts), ("decode", torch.cat([step, step + 1]))):
         statistics = found.statistics(phase)
+        assert found.tokens[phase, label] == len(ids)
         assert list(statistics) == list(attach.find_sites(model))
         expected = ActivationStatistics.from_tensor(embedded(ids).detach())
         assert moved(statistics[label], expected) == 0
@@ -138,7 +139,7 @@ def test_the_quantizer_takes_the_engines_sites(model):
 
 def test_what_is_no_model_of_vllm_is_refused():
     with pytest.raises(
-        ValueError, match=r"Linear has no linear of vLLM's; expected .* model_of\(engine\)"
+        ValueError, match=r"has no linear of vLLM's; expected .* model_of\(engine\)"
     ):
         attach.find_sites(nn.Linear(16, 16))
     mixture = Engine()

@@ -2,9 +2,9 @@
 # Copyright The NVFP4 Calibration Book authors
 """Count, or fake-quantize, what the linears of a model that runs inside vLLM read.
 
-vLLM fuses q, k and v, and gate and up, into one linear each; an activation is [tokens, width], the tokens
-of all requests of a step together. So every linear is a site of its own, no token belongs to a known
-sequence, and a statistic is of all that ran. The counters are those of ``nvfp4_utils.capture``, the
+vLLM fuses q, k and v, and gate and up, into one linear each; an activation is [tokens, width], the
+tokens of all requests of a step together. So every linear is a site of its own, no token belongs to a
+known sequence, and a statistic is of all that ran. The counters are those of ``nvfp4_utils.capture``, the
 quantizer that of ``studies.runs.quantized``; on a CUDA device both are its kernels.
 
 >>> engine = LLM(folder, enforce_eager=True, enable_prefix_caching=False)  # doctest: +SKIP
@@ -43,8 +43,8 @@ def engine_of(folder: str, **options: Any) -> Any:
         from vllm import LLM
     except ImportError as error:
         raise ImportError(
-            f"vLLM cannot be imported ({error}); expected the environment that `make vllm` installs. Run "
-            "this with .venv-vllm/bin/python."
+            f"vLLM cannot be imported ({error}); expected the environment that `make vllm` installs. "
+            "Run this with .venv-vllm/bin/python."
         ) from error
     return LLM(folder, dtype="bfloat16", enforce_eager=True, enable_prefix_caching=False, seed=0,
                gpu_memory_utilization=MEMORY, **options)  # fmt: skip
@@ -58,8 +58,8 @@ def model_of(engine: Any) -> nn.Module:
     models = engine.apply_model(lambda model: model)
     if len(models) != 1:
         raise ValueError(
-            f"the engine runs {len(models)} parts of the model; expected one, in this process. Load it with "
-            "tensor_parallel_size=1."
+            f"the engine runs {len(models)} parts of the model; expected one, in this process. Load it "
+            "with tensor_parallel_size=1."
         )
     return models[0]
 
@@ -67,8 +67,8 @@ def model_of(engine: Any) -> nn.Module:
 def find_sites(model: nn.Module) -> dict[str, Site]:
     """Site label -> site of every linear but the head, in module order; labels are those of ``capture``.
 
-    A linear of vLLM is told by its structure: it has a ``quant_method`` and an ``input_size``, and, unlike
-    an embedding or the head, no ``num_embeddings``.
+    A linear of vLLM is told by its structure: it has a ``quant_method`` and an ``input_size``, and no
+    ``num_embeddings``, unlike an embedding or the head.
 
     Raises ``ValueError`` if there is none, and for fused experts, whose second input no module reads.
     """
@@ -76,11 +76,11 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     experts = [name for name, module in modules.items() if hasattr(module, "w13_weight")]
     if experts:
         raise ValueError(
-            f"{experts[:3]} are fused experts; expected linears alone, as what experts read is no module's "
-            "input. Capture a mixture with transformers."
+            f"{experts[:3]} are fused experts; expected linears alone, as what experts read is no "
+            "module's input. Capture a mixture with transformers."
         )
-    linears = {n: m for n, m in modules.items() if hasattr(m, "quant_method") and hasattr(m, "input_size")
-               and not hasattr(m, "num_embeddings")}  # fmt: skip
+    linears = {n: m for n, m in modules.items() if hasattr(m, "quant_method")
+               and hasattr(m, "input_size") and not hasattr(m, "num_embeddings")}  # fmt: skip
     if not linears:
         raise ValueError(
             f"{type(model).__name__} has no linear of vLLM's; expected the model that runs inside the "
@@ -104,12 +104,14 @@ class PhaseCounters:
         self.sites, self.decode_rows = sites, decode_rows
         self.counters = {phase: Counters(2**62, sites) for phase in PHASES}  # one group
         self.waiting: dict[tuple[str, str], list[torch.Tensor]] = {}
+        self.tokens: dict[tuple[str, str], int] = {}  # by phase and label
 
     def add(self, label: str, x: torch.Tensor) -> None:
         """Count a step's activation [tokens, width]; few tokens wait for more, as merging takes time."""
         phase = "decode" if len(x) <= self.decode_rows else "prefill"
         waiting = self.waiting.setdefault((phase, label), [])
         waiting.append(x.detach().clone())
+        self.tokens[phase, label] = self.tokens.get((phase, label), 0) + len(x)
         if sum(map(len, waiting)) >= ROWS:
             self._count(phase, label)
 
@@ -120,8 +122,8 @@ class PhaseCounters:
 
     def statistics(self, phase: str) -> dict[str, ActivationStatistics]:
         """Site label -> statistic of a phase, of the sites that saw tokens in it."""
-        for waiting_phase, label in list(self.waiting):
-            self._count(waiting_phase, label)
+        for label in [label for waiting_phase, label in self.waiting if waiting_phase == phase]:
+            self._count(phase, label)
         counters = self.counters[phase]
         return {
             label: counters.finish(label, len(amaxes)).total

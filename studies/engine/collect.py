@@ -18,17 +18,17 @@ from nvfp4_utils.statistics import ActivationStatistics
 from studies.runs.store import RESULTS, provenance, read_table, write_json, write_table
 
 from . import measure
-from .measure import CHUNKED, DECODE, REAL, REREAD, SAMPLED, SINGLE, TRANSFORMERS, VLLM
+from .measure import CHUNKED, DECODE, REAL, REREAD, SAMPLED, TRANSFORMERS, VLLM
 
 TARGET = RESULTS / "engine"
-PREFILL = (TRANSFORMERS, SINGLE, VLLM, CHUNKED)  # sources that read the calibration text
+PREFILL = (TRANSFORMERS, VLLM, CHUNKED)  # sources that read the calibration text
 
 
 def moved(a: ActivationStatistics, b: ActivationStatistics) -> float:
     """Least share of elements that must change for one statistic to become the other; 0 if equal.
 
-    Half the sum of the absolute differences of counts, over the number of elements. Raises ``ValueError``
-    if these numbers differ.
+    Half the sum of the absolute differences of counts, over the number of elements. Raises
+    ``ValueError`` if these numbers differ.
     """
     if a.count != b.count:
         raise ValueError(
@@ -51,11 +51,11 @@ def source_row(statistic: ActivationStatistics, reference: ActivationStatistics)
 
 def site_table(work: Path, labels: list[str]) -> pd.DataFrame:
     """One row a source and site: see ``source_row``; ``moved`` from transformers, of the same text."""
-    others = [f"{kind} {name}" for name in SAMPLED for kind in (DECODE, REREAD)]
+    others = [REAL, REREAD, *(f"{DECODE} {name}" for name in SAMPLED)]
     rows = []
     for label in tqdm(labels, desc="compare", unit="site"):
         reference = measure.kept_statistics(work, TRANSFORMERS, [label])[label]
-        for source in (*PREFILL, REAL, *others):
+        for source in (*PREFILL, *others):
             statistic = measure.kept_statistics(work, source, [label])[label]
             row = {"site": label, "source": source} | source_row(statistic, reference)
             rows.append(row | ({"moved": moved(statistic, reference)} if source in PREFILL else {}))

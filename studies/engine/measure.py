@@ -33,7 +33,7 @@ NEW = LENGTH - PROMPT  # tokens that are generated after each prompt
 CHUNK = 80  # tokens of a step with chunked prefill: no divisor of a sequence's
 SAMPLED = {"greedy": (0.0, 0), "temperature 1": (1.0, 1)}  # temperature and seed
 POLICIES = ("amax", "p99.9", "raised")
-TRANSFORMERS, SINGLE, VLLM, CHUNKED = "transformers", "transformers, batch of 1", "vLLM", "vLLM, chunked"
+TRANSFORMERS, VLLM, CHUNKED = "transformers", "vLLM", "vLLM, chunked"
 DECODE, REREAD, REAL = "decode", "reread", "real text"  # what of generated text is counted
 
 Statistics = Mapping[str, ActivationStatistics]
@@ -77,16 +77,15 @@ def make_tokens(work: Path) -> None:
 
 
 def count_transformers(work: Path) -> None:
-    """The calibration text in transformers, in batches and one by one, and what policies make of it."""
+    """The calibration text in transformers, and what policies make of it."""
     from nvfp4_utils.hooks import capture
     from studies.data.models import load_network
 
-    model, tokens = load_network(MODEL), tokens_of(work)["calibration"]
-    for source, batch in ((TRANSFORMERS, BATCH), (SINGLE, 1)):
-        counted = capture(model, tokens.split(batch), group_size=len(tokens))
-        keep_statistics(work, source, {label: s.total for label, s in counted.items()})
-        if source == TRANSFORMERS:
-            _keep_policies(work, source, {label: s.total for label, s in counted.items()})
+    tokens = tokens_of(work)["calibration"]
+    counted = capture(load_network(MODEL), tokens.split(BATCH), group_size=len(tokens))
+    statistics = {label: s.total for label, s in counted.items()}
+    keep_statistics(work, TRANSFORMERS, statistics)
+    _keep_policies(work, TRANSFORMERS, statistics)
 
 
 def _keep_policies(work: Path, source: str, statistics: Statistics) -> None:
@@ -96,14 +95,13 @@ def _keep_policies(work: Path, source: str, statistics: Statistics) -> None:
 
 
 def settings_of(work: Path) -> list[Setting]:
-    """What is evaluated: unquantized, and every policy calibrated in transformers and in vLLM."""
-    calibrations = {
-        source: json.loads((work / f"policies {source}.json").read_text())
-        for source in (TRANSFORMERS, VLLM)
-    }
-    return [Setting(MIX, "", NONE, rule=NONE)] + policy_settings(
-        MIX, calibrations, underflows=("flush",)
+    """What is evaluated: unquantized, every policy calibrated in transformers, and vLLM's amaxes."""
+    ours, theirs = (
+        json.loads((work / f"policies {source}.json").read_text()) for source in (TRANSFORMERS, VLLM)
     )
+    calibrations = {TRANSFORMERS: ours, VLLM: {"amax": theirs["amax"]}}
+    plain = Setting(MIX, "", NONE, rule=NONE)
+    return [plain, *policy_settings(MIX, calibrations, underflows=("flush",))]
 
 
 def _prompts(tokens: torch.Tensor) -> list[Any]:
@@ -130,7 +128,7 @@ def _read(engine: Any, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 def loss_rows(
     engine: str, setting: Setting, nll: np.ndarray, top: np.ndarray, plain: np.ndarray
 ) -> pd.DataFrame:
-    """One row a sequence: engine, calibration, policy, sequence, nll and top1, agreement with ``plain``."""
+    """One row a sequence: engine, calibration, policy, sequence, nll and top1 (as ``plain``)."""
     return pd.DataFrame({
         "engine": engine, "calibration": setting.calibration, "policy": setting.policy,
         "sequence": np.arange(len(nll)), "nll": nll.mean(1), "top1": (top == plain).mean(1),
@@ -154,21 +152,20 @@ def _count_prefill(work: Path, source: str, model: Any, engine: Any) -> None:
     tokens = tokens_of(work)["calibration"]
     with attach.counted(model) as found:
         engine.generate(_prompts(tokens), SamplingParams(max_tokens=1), use_tqdm=False)
+    _check_tokens(found, "prefill", tokens.numel())
     statistics = found.statistics("prefill")
-    _check_tokens(model, statistics, tokens.numel(), source)
     keep_statistics(work, source, statistics)
     _keep_policies(work, source, statistics)
 
 
-def _check_tokens(model: Any, statistics: Statistics, tokens: int, what: str) -> None:
-    """Refuse statistics of other than all tokens: padding or a warm-up would be counted too."""
-    for label, site in attach.find_sites(model).items():
-        width: int = site.first[1].input_size  # type: ignore[assignment]
-        seen = statistics[label].count // width if label in statistics else 0
-        if seen != tokens:
+def _check_tokens(found: attach.PhaseCounters, phase: str, expected: int) -> None:
+    """Refuse a count of other than all tokens: padding or a warm-up would be in the statistic."""
+    for label in found.sites:
+        seen = found.tokens.get((phase, label), 0)
+        if seen != expected:
             raise ValueError(
-                f"{what}: {label} saw {seen} tokens; expected {tokens}. The engine ran others too, or ran "
-                "the prompts in several steps: raise max_num_batched_tokens."
+                f"{label} saw {seen} tokens of {phase}; expected {expected}. The engine ran others too, "
+                "or the prompts in several steps: raise max_num_batched_tokens."
             )
 
 
@@ -182,10 +179,9 @@ def _count_generation(work: Path, model: Any, engine: Any) -> None:
         sampling = SamplingParams(temperature=temperature, seed=seed, max_tokens=NEW, ignore_eos=True)
         with attach.counted(model, decode_rows=len(prompts)) as found:
             outputs = engine.generate(_prompts(prompts), sampling, use_tqdm=False)
-        decode = found.statistics("decode")
-        _check_tokens(model, found.statistics("prefill"), prompts.numel(), f"{name}, prompts")
-        _check_tokens(model, decode, len(prompts) * (NEW - 1), f"{name}, decode")
-        keep_statistics(work, f"{DECODE} {name}", decode)
+        _check_tokens(found, "prefill", prompts.numel())
+        _check_tokens(found, "decode", len(prompts) * (NEW - 1))
+        keep_statistics(work, f"{DECODE} {name}", found.statistics("decode"))
         generated[name] = torch.tensor([list(o.outputs[0].token_ids) for o in outputs])
         save_file(generated, work / "generated vLLM.safetensors")
 
@@ -208,7 +204,7 @@ def run_vllm(work: Path) -> None:
 
 
 def run_vllm_chunked(work: Path) -> None:
-    """Prompts cut into chunks of ``CHUNK`` tokens a step: calibration text, and held-out text as it is."""
+    """Steps of ``CHUNK`` tokens, so prompts in pieces: calibration text, held-out text as it is."""
     engine = attach.engine_of(_folder(), max_model_len=2 * LENGTH, max_num_batched_tokens=CHUNK,
                               max_num_seqs=TEST, enable_chunked_prefill=True)  # fmt: skip
     _count_prefill(work, CHUNKED, attach.model_of(engine), engine)
@@ -223,7 +219,7 @@ def _folder() -> str:
 
 
 def finish_transformers(work: Path) -> None:
-    """In transformers: losses, greedy text, and the generated and the real text's later tokens counted."""
+    """In transformers: losses, greedy text, and later tokens of generated and real text counted."""
     from studies.data.models import load_network
     from studies.runs.quantized import find_linears
 
@@ -241,8 +237,8 @@ def finish_transformers(work: Path) -> None:
                             do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW)  # fmt: skip
     save_file({"greedy": greedy[:, PROMPT:].contiguous()}, work / "generated transformers.safetensors")
     keep_statistics(work, REAL, _later(model, test))
-    for name, new in load_file(work / "generated vLLM.safetensors").items():
-        keep_statistics(work, f"{REREAD} {name}", _later(model, torch.cat([test[:, :PROMPT], new], 1)))
+    new = load_file(work / "generated vLLM.safetensors")["greedy"]
+    keep_statistics(work, REREAD, _later(model, torch.cat([test[:, :PROMPT], new], 1)))
 
 
 def _predictions(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,7 +248,7 @@ def _predictions(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tens
 
 
 def _later(model: Any, tokens: torch.Tensor) -> dict[str, ActivationStatistics]:
-    """Of tokens [sequences, LENGTH] read at once, what decoding reads: after the prompt, but the last."""
+    """Of tokens [sequences, LENGTH] read at once, those that decoding reads: after the prompt."""
     from studies.runs.captured import follow
 
     found: dict[str, ActivationStatistics] = {}
@@ -260,5 +256,5 @@ def _later(model: Any, tokens: torch.Tensor) -> dict[str, ActivationStatistics]:
     def count(label: str, x: torch.Tensor) -> None:
         found.setdefault(label, ActivationStatistics()).update(x[:, PROMPT : LENGTH - 1])
 
-    follow(model, tokens.split(BATCH), count)
+    follow(model, [tokens], count)
     return found
