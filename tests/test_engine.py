@@ -138,9 +138,7 @@ def test_the_quantizer_takes_the_engines_sites(model):
 
 
 def test_what_is_no_model_of_vllm_is_refused():
-    with pytest.raises(
-        ValueError, match=r"has no linear of vLLM's; expected .* model_of\(engine\)"
-    ):
+    with pytest.raises(ValueError, match=r"has no linear of vLLM's; expected .* model_of\(engine\)"):
         attach.find_sites(nn.Linear(16, 16))
     mixture = Engine()
     mixture.experts = nn.Module()

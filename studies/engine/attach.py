@@ -4,8 +4,8 @@
 
 vLLM fuses q, k and v, and gate and up, into one linear each; an activation is [tokens, width], the
 tokens of all requests of a step together. So every linear is a site of its own, no token belongs to a
-known sequence, and a statistic is of all that ran. The counters are those of ``nvfp4_utils.capture``, the
-quantizer that of ``studies.runs.quantized``; on a CUDA device both are its kernels.
+known sequence, and a statistic is of all that ran. The counters are those of ``nvfp4_utils.capture``,
+the quantizer that of ``studies.runs.quantized``; on a CUDA device both are its kernels.
 
 >>> engine = LLM(folder, enforce_eager=True, enable_prefix_caching=False)  # doctest: +SKIP
 >>> with counted(model_of(engine), decode_rows=16) as found:  # doctest: +SKIP

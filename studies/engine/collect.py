@@ -18,15 +18,16 @@ from nvfp4_utils.statistics import ActivationStatistics
 from studies.runs.store import RESULTS, provenance, read_table, write_json, write_table
 
 from . import measure
-from .measure import CHUNKED, DECODE, REAL, REREAD, SAMPLED, TRANSFORMERS, VLLM
+from .measure import CHUNKED, DECODE, REAL, REREAD, SAMPLED, SINGLE, TRANSFORMERS, VLLM
 
 TARGET = RESULTS / "engine"
-PREFILL = (TRANSFORMERS, VLLM, CHUNKED)  # sources that read the calibration text
+PREFILL = (TRANSFORMERS, SINGLE, VLLM, CHUNKED)  # sources that read the calibration text
 
 
 def moved(a: ActivationStatistics, b: ActivationStatistics) -> float:
     """Least share of elements that must change for one statistic to become the other; 0 if equal.
 
+    Elements are told apart by their magnitude and their block's amax: if that moves, 16 elements do.
     Half the sum of the absolute differences of counts, over the number of elements. Raises
     ``ValueError`` if these numbers differ.
     """
@@ -97,7 +98,6 @@ def collect(work: Path) -> None:
     losses = [read_table(work / f"losses {engine}.parquet") for engine in (TRANSFORMERS, VLLM, CHUNKED)]
     write_table(pd.concat(losses, ignore_index=True), TARGET / "losses.parquet")
     stages = ("transformers", "vllm", "vllm-chunked", "losses")
-    checkpoint = work / "checkpoint.json"
     outcome = {
         "provenance": provenance(
             model=measure.MODEL, mix=measure.MIX, calibration=measure.CALIBRATION, test=measure.TEST,
@@ -105,6 +105,5 @@ def collect(work: Path) -> None:
         ),
         "versions": {s: json.loads((work / f"versions {s}.json").read_text()) for s in stages},
         "agreement": agreement(work),
-        "checkpoint": json.loads(checkpoint.read_text()) if checkpoint.is_file() else {},
     }  # fmt: skip
     write_json(outcome, TARGET / "outcome.json")

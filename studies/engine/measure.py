@@ -33,7 +33,7 @@ NEW = LENGTH - PROMPT  # tokens that are generated after each prompt
 CHUNK = 80  # tokens of a step with chunked prefill: no divisor of a sequence's
 SAMPLED = {"greedy": (0.0, 0), "temperature 1": (1.0, 1)}  # temperature and seed
 POLICIES = ("amax", "p99.9", "raised")
-TRANSFORMERS, VLLM, CHUNKED = "transformers", "vLLM", "vLLM, chunked"
+TRANSFORMERS, SINGLE, VLLM, CHUNKED = "transformers", "transformers, batch of 1", "vLLM", "vLLM, chunked"
 DECODE, REREAD, REAL = "decode", "reread", "real text"  # what of generated text is counted
 
 Statistics = Mapping[str, ActivationStatistics]
@@ -77,15 +77,17 @@ def make_tokens(work: Path) -> None:
 
 
 def count_transformers(work: Path) -> None:
-    """The calibration text in transformers, and what policies make of it."""
+    """The calibration text in transformers, in a batch and one by one, and its policies."""
     from nvfp4_utils.hooks import capture
     from studies.data.models import load_network
 
-    tokens = tokens_of(work)["calibration"]
-    counted = capture(load_network(MODEL), tokens.split(BATCH), group_size=len(tokens))
-    statistics = {label: s.total for label, s in counted.items()}
-    keep_statistics(work, TRANSFORMERS, statistics)
-    _keep_policies(work, TRANSFORMERS, statistics)
+    model, tokens = load_network(MODEL), tokens_of(work)["calibration"]
+    for source, batch in ((TRANSFORMERS, BATCH), (SINGLE, 1)):
+        counted = capture(model, tokens.split(batch), group_size=len(tokens))
+        statistics = {label: s.total for label, s in counted.items()}
+        keep_statistics(work, source, statistics)
+        if source == TRANSFORMERS:
+            _keep_policies(work, source, statistics)
 
 
 def _keep_policies(work: Path, source: str, statistics: Statistics) -> None:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from nvfp4_utils.sites import kind_of, layer_of
 from studies.engine.collect import PREFILL, TARGET
-from studies.engine.measure import CHUNKED, DECODE, REAL, REREAD, SAMPLED, TRANSFORMERS, VLLM
+from studies.engine.measure import CHUNKED, DECODE, REAL, REREAD, SAMPLED, SINGLE, TRANSFORMERS, VLLM
 from studies.runs.settings import NONE
 from studies.runs.store import Run, read_table
 
@@ -64,7 +64,7 @@ def presence() -> str:
 
 
 def check(stored: Stored) -> str:
-    """Every source must have counted its tokens at every site. Markdown; raises ``ValueError`` if not."""
+    """Every source must have counted its tokens at every site. Markdown; else raises ``ValueError``."""
     count, p = stored.by_site("count"), stored.parameters
     width = count[TRANSFORMERS] / (p["calibration"] * p["length"])
     later = p["test"] * (p["length"] - p["prompt"] - 1)
@@ -74,8 +74,8 @@ def check(stored: Stored) -> str:
             raise ValueError(f"{source} counted other tokens than {tokens} at some site.")
     return (
         f"Every one of {len(count)} sites counted {p['calibration'] * p['length']} tokens of the "
-        f"calibration text in each of {len(PREFILL)} ways to run it, and {later} tokens after the prompts "
-        "in each way to get them: no padding, no warm-up, nothing twice."
+        f"calibration text in each of {len(PREFILL)} ways to run it, and {later} tokens after the "
+        "prompts in each way to get them: no padding, no warm-up, nothing twice."
     )
 
 
@@ -184,7 +184,7 @@ def loss_table(stored: Stored) -> pd.DataFrame:
 
 
 def engine_gap(stored: Stored) -> tuple[float, float]:
-    """Difference of the rises of NLL in the two engines, mean over sequences: largest, its setting's se."""
+    """Largest difference of the rises of NLL in the two engines, a mean, and its standard error."""
     table = stored.losses.astype({"engine": str, "calibration": str, "policy": str})
     nll = table.pivot(index="sequence", columns=["engine", "calibration", "policy"], values="nll")
     found = []
@@ -213,12 +213,13 @@ def greedy(stored: Stored) -> str:
     """How far greedy text of the two engines agrees; Markdown."""
     a = stored.outcome["agreement"]
     first, n = a["tokens_before_difference"], a["generated"]
+    last = max((f for f in first if f < n), default=n)
     return (
-        f"Unquantized, the two predict the same token at {a['same_prediction'][VLLM]:.1%} of the held-out "
-        f"positions; vLLM with whole and with chunked prompts at {a['same_prediction_chunked']:.1%}. Greedy "
-        f"text of {n} tokens is the same to its end for {sum(f == n for f in first)} of {len(first)} "
-        f"prompts; the others part after {min(first)} to {max((f for f in first if f < n), default=n)} "
-        "tokens. Once a token differs the texts are two texts."
+        f"Unquantized, the two predict the same token at {a['same_prediction'][VLLM]:.1%} of the "
+        f"held-out positions; vLLM with whole and with chunked prompts at "
+        f"{a['same_prediction_chunked']:.1%}. Greedy text of {n} tokens is the same to its end for "
+        f"{sum(f == n for f in first)} of {len(first)} prompts; the others part after {min(first)} to "
+        f"{last} tokens. Once a token differs the texts are two texts."
     )
 
 
@@ -233,14 +234,15 @@ def answer(stored: Stored) -> str:
     gap, error = engine_gap(stored)
     top, real = grown.loc[list(DECODES)], grown.loc["real text"]
     return (
-        f"<strong>{verdict}.</strong> Of {n} sites {row['sites with the same statistic']} have the same "
-        f"statistic in vLLM and in transformers, and the amax is off by factors of "
-        f"{row['lowest amax ratio']:.3f} to {row['highest amax ratio']:.3f}; a scale from the one costs at "
-        f"most {change:.2f} dB in the other. `raised` moves by {policies.loc['raised'].lowest:+.2f} to "
-        f"{policies.loc['raised'].highest:+.2f} octaves. The rise of NLL differs by at most {gap:+.3f} "
-        f"nats (standard error {error:.3f}). While generating, up to {top['sites above'].max()} sites exceed "
-        f"the calibration text's amax, by a factor of up to {top['highest ratio'].max():.2f}; real text after "
-        f"the same prompts does so at {real['sites above']}, by up to {real['highest ratio']:.2f}."
+        f"<strong>{verdict}.</strong> Of {n} sites {row['sites with the same statistic']} have the "
+        f"same statistic in vLLM and in transformers, {row['sites with the same amax']} the same amax; it "
+        f"is off by factors of {row['lowest amax ratio']:.3f} to {row['highest amax ratio']:.3f}, and a "
+        f"scale from the one costs at most {change:.2f} dB in the other. `raised` moves by "
+        f"{policies.loc['raised'].lowest:+.2f} to {policies.loc['raised'].highest:+.2f} octaves. The "
+        f"rise of NLL differs by at most {gap:+.3f} nats (standard error {error:.3f}). While generating, up to "
+        f"{top['sites above'].max()} sites exceed the calibration text's amax, by a factor of up to "
+        f"{top['highest ratio'].max():.2f}; real text after the same prompts does so at "
+        f"{real['sites above']}, by up to {real['highest ratio']:.2f}."
     )
 
 
@@ -251,18 +253,21 @@ def reconciliation(stored: Stored) -> str:
     greedy_decode, real = grown.loc["greedy"], grown.loc["real text"]
     reread = np.log2(amax[DECODES["greedy"]] / amax[REREAD]).abs()
     more = greedy_decode["sites above"] > real["sites above"]
-    equal = int(table["sites with the same statistic"].max())
-    start = first_moved(stored)
+    other = stored.by_site("moved")[VLLM]
+    begins = other.index[other > 0]
+    start = f", from {begins[0]} on" if len(begins) else ""
     return (
-        f"- *Other bits*: {'yes' if equal < len(amax) else 'no'}. Already "
-        f"{start.index[0]}, which follows one norm, has {start[VLLM].iloc[0]:.2f} % of its elements moved.\n"
-        f"- *Same amax to a bfloat16 step or few*: ratios of {table.loc[VLLM, 'lowest amax ratio']:.3f} to "
-        f"{table.loc[VLLM, 'highest amax ratio']:.3f}; a step is a factor of 1.004 to 1.008.\n"
+        f"- *Other bits*: at {len(begins)} of {len(other)} sites{start}. Batches are not the cause: one "
+        f"sequence at a time, transformers differs from itself at "
+        f"{int((stored.by_site('moved')[SINGLE] > 0).sum())} sites.\n"
+        f"- *Same amax to a bfloat16 step or few*: ratios of "
+        f"{table.loc[VLLM, 'lowest amax ratio']:.3f} to {table.loc[VLLM, 'highest amax ratio']:.3f}; a "
+        "step is a factor of 1.004 to 1.008.\n"
         f"- *Chunks change nothing more*: between whole and chunked prompts amaxes differ by up to "
         f"{chunk.max():.3f} octaves, {int((chunk == 0).sum())} of {len(chunk)} are equal.\n"
         f"- *Generated text stays under the calibration text*: greedy exceeds it at "
         f"{greedy_decode['sites above']} sites, real text at {real['sites above']}: "
-        f"{'more' if more else 'not more'} than the control. Decoding itself is not the cause: the same "
-        f"tokens read at once by transformers have amaxes within {reread.max():.3f} octaves, median "
-        f"{reread.median():.3f}."
+        f"{'more' if more else 'not more'} than the control. Decoding or reading at once makes less "
+        f"difference: for the same tokens transformers has amaxes within {reread.max():.3f} octaves, "
+        f"median {reread.median():.3f}."
     )
