@@ -233,16 +233,17 @@ def answer(stored: Stored) -> str:
                "Not quite: at some sites its scales are others")  # fmt: skip
     gap, error = engine_gap(stored)
     top, real = grown.loc[list(DECODES)], grown.loc["real text"]
+    raised, ratio = policies.loc["raised"], top["highest ratio"].max()
     return (
         f"<strong>{verdict}.</strong> Of {n} sites {row['sites with the same statistic']} have the "
-        f"same statistic in vLLM and in transformers, {row['sites with the same amax']} the same amax; it "
-        f"is off by factors of {row['lowest amax ratio']:.3f} to {row['highest amax ratio']:.3f}, and a "
-        f"scale from the one costs at most {change:.2f} dB in the other. `raised` moves by "
-        f"{policies.loc['raised'].lowest:+.2f} to {policies.loc['raised'].highest:+.2f} octaves. The "
-        f"rise of NLL differs by at most {gap:+.3f} nats (standard error {error:.3f}). While generating, up to "
+        f"same statistic in vLLM and in transformers, and {row['sites with the same amax']} the same "
+        f"amax. It is off by factors of {row['lowest amax ratio']:.3f} to "
+        f"{row['highest amax ratio']:.3f}, and a scale from the one costs at most {change:.2f} dB in the "
+        f"other. `raised` moves by {raised.lowest:+.2f} to {raised.highest:+.2f} octaves. The rise of NLL "
+        f"differs by at most {gap:+.3f} nats (standard error {error:.3f}). While generating, up to "
         f"{top['sites above'].max()} sites exceed the calibration text's amax, by a factor of up to "
-        f"{top['highest ratio'].max():.2f}; real text after the same prompts does so at "
-        f"{real['sites above']}, by up to {real['highest ratio']:.2f}."
+        f"{ratio:.2f}; real text after the same prompts does so at {real['sites above']}, by up to "
+        f"{real['highest ratio']:.2f}."
     )
 
 
