@@ -41,8 +41,10 @@ class Stored:
                 f"no {folder / 'outcome.json'}; expected the stored comparison. Make it with "
                 "`python -m studies.engine`, whose docstring lists the stages."
             )
-        tables = [read_table(folder / f"{name}.parquet") for name in ("sites", "policies", "losses")]
-        return cls(*tables, json.loads((folder / "outcome.json").read_text()))
+        sites, policies, losses = (
+            read_table(folder / f"{name}.parquet") for name in ("sites", "policies", "losses")
+        )
+        return cls(sites, policies, losses, json.loads((folder / "outcome.json").read_text()))
 
     @property
     def parameters(self) -> dict:
@@ -238,9 +240,9 @@ def answer(stored: Stored) -> str:
         f"<strong>{verdict}.</strong> Of {n} sites {row['sites with the same statistic']} have the "
         f"same statistic in vLLM and in transformers, and {row['sites with the same amax']} the same "
         f"amax. It is off by factors of {row['lowest amax ratio']:.3f} to "
-        f"{row['highest amax ratio']:.3f}, and a scale from the one costs at most {change:.2f} dB in the "
-        f"other. `raised` moves by {raised.lowest:+.2f} to {raised.highest:+.2f} octaves. The rise of NLL "
-        f"differs by at most {gap:+.3f} nats (standard error {error:.3f}). While generating, up to "
+        f"{row['highest amax ratio']:.3f}, and a scale from the one costs at most {change:.2f} dB in "
+        f"the other. `raised` moves by {raised.lowest:+.2f} to {raised.highest:+.2f} octaves. The rise "
+        f"of NLL differs by at most {gap:+.3f} nats (standard error {error:.3f}). While generating, up to "
         f"{top['sites above'].max()} sites exceed the calibration text's amax, by a factor of up to "
         f"{ratio:.2f}; real text after the same prompts does so at {real['sites above']}, by up to "
         f"{real['highest ratio']:.2f}."
