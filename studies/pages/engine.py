@@ -243,8 +243,8 @@ def answer(stored: Stored) -> str:
         f"{row['highest amax ratio']:.3f}, and a scale from the one costs at most {change:.2f} dB in "
         f"the other. `raised` moves by {raised.lowest:+.2f} to {raised.highest:+.2f} octaves. The rise "
         f"of NLL differs by at most {gap:+.3f} nats (standard error {error:.3f}). While generating, "
-        f"up to {top['sites above'].max()} sites exceed the calibration text's amax, by a factor of up to "
-        f"{ratio:.2f}; real text after the same prompts does so at {real['sites above']}, by up to "
+        f"up to {top['sites above'].max()} sites exceed the calibration text's amax, by a factor of "
+        f"up to {ratio:.2f}; real text after the same prompts does so at {real['sites above']}, by up to "
         f"{real['highest ratio']:.2f}."
     )
 
