@@ -172,15 +172,19 @@ def test_without_vllm_the_error_names_what_installs_it():
 def test_in_vllm_every_token_is_counted_once_and_greedy_text_is_unchanged():
     from vllm import SamplingParams, TokensPrompt
 
-    engine = attach.engine_of(str(MODEL), max_model_len=64, max_num_batched_tokens=64)
+    engine = attach.engine_of(str(MODEL), max_model_len=64, max_num_batched_tokens=16, max_num_seqs=2,
+                              enable_chunked_prefill=True)  # fmt: skip
     model = attach.model_of(engine)
     prompts = [TokensPrompt(prompt_token_ids=[1, *range(200, 209 + i)]) for i in (0, 3)]
     greedy = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     before = [o.outputs[0].token_ids for o in engine.generate(prompts, greedy)]
+    steps = []
     with attach.counted(model, decode_rows=2) as found:
+        add = found.add
+        found.add = lambda label, x: (steps.append(len(x)), add(label, x))
         during = [o.outputs[0].token_ids for o in engine.generate(prompts, greedy)]
     assert before == during
+    assert max(steps) == 16  # the prompts' 23 tokens came in two steps
     for label, site in attach.find_sites(model).items():
-        width = site.first[1].input_size
-        assert found.statistics("prefill")[label].count == (10 + 13) * width
-        assert found.statistics("decode")[label].count == 2 * 4 * width
+        counts = [found.statistics(phase)[label].count for phase in attach.PHASES]
+        assert sum(counts) == (10 + 13 + 2 * 4) * site.first[1].input_size

@@ -97,7 +97,8 @@ def prefill_table(stored: Stored) -> pd.DataFrame:
             "largest SNR change (dB)": loss[source].abs().max(),
             "largest block SNR change (dB)": block[source].abs().max(),
         }  # fmt: skip
-    return pd.DataFrame.from_dict(rows, orient="index")
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.astype({name: int for name in table if name.startswith("sites with")})
 
 
 def policy_table(stored: Stored) -> pd.DataFrame:
@@ -229,10 +230,11 @@ def answer(stored: Stored) -> str:
     """The page's answer, simple HTML."""
     table, policies, grown = prefill_table(stored), policy_table(stored), growth_table(stored)
     row, n = table.loc[VLLM], len(stored.by_site("amax"))
-    change = max(row["largest SNR change (dB)"], row["largest block SNR change (dB)"])
+    snr, block = (row[f"largest {name} change (dB)"] for name in ("SNR", "block SNR"))
     verdict = ("The same to the bit" if row["sites with the same statistic"] == n else
-               "Not the same bits, but the same scales for every purpose" if change < NOTICED_DB else
-               "Not quite: at some sites its scales are others")  # fmt: skip
+               "Not the same bits, but no site's SNR notices" if max(snr, block) < NOTICED_DB else
+               "Not the same bits; the blocks do not notice, the SNR of some sites does"
+               if block < NOTICED_DB else "No: at some sites the blocks need other scales")  # fmt: skip
     gap, error = engine_gap(stored)
     top, real = grown.loc[list(DECODES)], grown.loc["real text"]
     raised, ratio = policies.loc["raised"], top["highest ratio"].max()
@@ -240,8 +242,8 @@ def answer(stored: Stored) -> str:
         f"<strong>{verdict}.</strong> Of {n} sites {row['sites with the same statistic']} have the "
         f"same statistic in vLLM and in transformers, and {row['sites with the same amax']} the same "
         f"amax. It is off by factors of {row['lowest amax ratio']:.3f} to "
-        f"{row['highest amax ratio']:.3f}, and a scale from the one costs at most {change:.2f} dB in "
-        f"the other. `raised` moves by {raised.lowest:+.2f} to {raised.highest:+.2f} octaves. The rise "
+        f"{row['highest amax ratio']:.3f}, and transformers' scale changes the SNR in vLLM by up to "
+        f"{snr:.2f} dB at one site, but by {block:.2f} dB with every block weighted alike. `raised` moves by {raised.lowest:+.2f} to {raised.highest:+.2f} octaves. The rise "
         f"of NLL differs by at most {gap:+.3f} nats (standard error {error:.3f}). While generating, "
         f"up to {top['sites above'].max()} sites exceed the calibration text's amax, by a factor of "
         f"up to {ratio:.2f}; real text after the same prompts does so at {real['sites above']}, by up to "
@@ -270,7 +272,7 @@ def reconciliation(stored: Stored) -> str:
         f"{chunk.max():.3f} octaves, {int((chunk == 0).sum())} of {len(chunk)} are equal.\n"
         f"- *Generated text stays under the calibration text*: greedy exceeds it at "
         f"{greedy_decode['sites above']} sites, real text at {real['sites above']}: "
-        f"{'more' if more else 'not more'} than the control. Decoding or reading at once makes less "
-        f"difference: for the same tokens transformers has amaxes within {reread.max():.3f} octaves, "
-        f"median {reread.median():.3f}."
+        f"{'more' if more else 'not more'} than the control. The same tokens "
+        f"read at once by transformers have amaxes within {reread.max():.3f} octaves of those that "
+        f"vLLM decoded, median {reread.median():.3f}."
     )
