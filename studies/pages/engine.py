@@ -237,17 +237,18 @@ def answer(stored: Stored) -> str:
                if block < NOTICED_DB else "No: at some sites the blocks need other scales")  # fmt: skip
     gap, error = engine_gap(stored)
     top, real = grown.loc[list(DECODES)], grown.loc["real text"]
+    same, equal = (int(row[f"sites with the same {what}"]) for what in ("statistic", "amax"))
     raised, ratio = policies.loc["raised"], top["highest ratio"].max()
     return (
-        f"<strong>{verdict}.</strong> Of {n} sites {row['sites with the same statistic']} have the "
-        f"same statistic in vLLM and in transformers, and {row['sites with the same amax']} the same "
-        f"amax. It is off by factors of {row['lowest amax ratio']:.3f} to "
+        f"<strong>{verdict}.</strong> Of {n} sites {same} have the same statistic in vLLM and in "
+        f"transformers, and {equal} the same amax. It is off by factors of {row['lowest amax ratio']:.3f} to "
         f"{row['highest amax ratio']:.3f}, and transformers' scale changes the SNR in vLLM by up to "
-        f"{snr:.2f} dB at one site, but by {block:.2f} dB with every block weighted alike. `raised` moves by {raised.lowest:+.2f} to {raised.highest:+.2f} octaves. The rise "
-        f"of NLL differs by at most {gap:+.3f} nats (standard error {error:.3f}). While generating, "
+        f"{snr:.2f} dB at one site, but by {block:.2f} dB with every block weighted "
+        f"alike. `raised` moves by {raised.lowest:+.2f} to {raised.highest:+.2f} octaves. The rise of NLL "
+        f"differs by at most {gap:+.3f} nats (standard error {error:.3f}). While generating, "
         f"up to {top['sites above'].max()} sites exceed the calibration text's amax, by a factor of "
-        f"up to {ratio:.2f}; real text after the same prompts does so at {real['sites above']}, by up to "
-        f"{real['highest ratio']:.2f}."
+        f"up to {ratio:.2f}; real text after the same prompts does so at {real['sites above']}, by up "
+        f"to {real['highest ratio']:.2f}."
     )
 
 
@@ -255,9 +256,8 @@ def reconciliation(stored: Stored) -> str:
     """The predictions beside what was found; Markdown."""
     table, grown, amax = prefill_table(stored), growth_table(stored), stored.by_site("amax")
     chunk = np.log2(amax[CHUNKED] / amax[VLLM]).abs()
-    greedy_decode, real = grown.loc["greedy"], grown.loc["real text"]
+    above, real = grown["sites above"][list(DECODES)], grown.loc["real text", "sites above"]
     reread = np.log2(amax[DECODES["greedy"]] / amax[REREAD]).abs()
-    more = greedy_decode["sites above"] > real["sites above"]
     other = stored.by_site("moved")[VLLM]
     begins = other.index[other > 0]
     start = f", from {begins[0]} on" if len(begins) else ""
@@ -270,9 +270,9 @@ def reconciliation(stored: Stored) -> str:
         "step is a factor of 1.004 to 1.008.\n"
         f"- *Chunks change nothing more*: between whole and chunked prompts amaxes differ by up to "
         f"{chunk.max():.3f} octaves, {int((chunk == 0).sum())} of {len(chunk)} are equal.\n"
-        f"- *Generated text stays under the calibration text*: greedy exceeds it at "
-        f"{greedy_decode['sites above']} sites, real text at {real['sites above']}: "
-        f"{'more' if more else 'not more'} than the control. The same tokens "
+        f"- *Generated text exceeds the calibration text's amax at no more sites than real text*: "
+        f"{' and '.join(f'{count} sites ({name})' for name, count in above.items())}, real text "
+        f"{real}: {'no' if above.max() > real else 'yes'}, at equal numbers of tokens. The same tokens "
         f"read at once by transformers have amaxes within {reread.max():.3f} octaves of those that "
         f"vLLM decoded, median {reread.median():.3f}."
     )
