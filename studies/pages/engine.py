@@ -241,11 +241,11 @@ def answer(stored: Stored) -> str:
     raised, ratio = policies.loc["raised"], top["highest ratio"].max()
     return (
         f"<strong>{verdict}.</strong> Of {n} sites {same} have the same statistic in vLLM and in "
-        f"transformers, and {equal} the same amax. It is off by factors of {row['lowest amax ratio']:.3f} to "
-        f"{row['highest amax ratio']:.3f}, and transformers' scale changes the SNR in vLLM by up to "
+        f"transformers, and {equal} the same amax. It is off by factors of "
+        f"{row['lowest amax ratio']:.3f} to {row['highest amax ratio']:.3f}, and transformers' scale changes the SNR in vLLM by up to "
         f"{snr:.2f} dB at one site, but by {block:.2f} dB with every block weighted "
-        f"alike. `raised` moves by {raised.lowest:+.2f} to {raised.highest:+.2f} octaves. The rise of NLL "
-        f"differs by at most {gap:+.3f} nats (standard error {error:.3f}). While generating, "
+        f"alike. `raised` moves by {raised.lowest:+.2f} to {raised.highest:+.2f} octaves. The rise of "
+        f"NLL differs by at most {gap:+.3f} nats (standard error {error:.3f}). While generating, "
         f"up to {top['sites above'].max()} sites exceed the calibration text's amax, by a factor of "
         f"up to {ratio:.2f}; real text after the same prompts does so at {real['sites above']}, by up "
         f"to {real['highest ratio']:.2f}."
