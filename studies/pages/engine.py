@@ -242,7 +242,8 @@ def answer(stored: Stored) -> str:
     return (
         f"<strong>{verdict}.</strong> Of {n} sites {same} have the same statistic in vLLM and in "
         f"transformers, and {equal} the same amax. It is off by factors of "
-        f"{row['lowest amax ratio']:.3f} to {row['highest amax ratio']:.3f}, and transformers' scale changes the SNR in vLLM by up to "
+        f"{row['lowest amax ratio']:.3f} to {row['highest amax ratio']:.3f}, and transformers' scale "
+        f"changes the SNR in vLLM by up to "
         f"{snr:.2f} dB at one site, but by {block:.2f} dB with every block weighted "
         f"alike. `raised` moves by {raised.lowest:+.2f} to {raised.highest:+.2f} octaves. The rise of "
         f"NLL differs by at most {gap:+.3f} nats (standard error {error:.3f}). While generating, "
