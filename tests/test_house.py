@@ -33,7 +33,7 @@ ORDER = (
     "studies",
     "studies.data",
     "studies.runs",
-    "studies.checkpoints",
+    "studies.checkpoints studies.engine",
     "studies.pages",
     "studies.report",
     "notebooks",

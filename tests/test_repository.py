@@ -42,7 +42,8 @@ def test_readme_gives_the_two_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["requirements.txt", "requirements-dev.txt", "requirements-browser.txt"]
+    "name",
+    ["requirements.txt", "requirements-dev.txt", "requirements-browser.txt", "requirements-vllm.txt"],
 )
 def test_requirements_are_pinned(name: str) -> None:
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()

@@ -154,8 +154,8 @@ class _Quantizer:
         if x.is_cuda and self.setting.rule == STATIC:
             return quantize_on_device(x, self.scales[label], self.setting.underflow, self.bad)
         self.bad |= ~x.abs().amax().isfinite()  # several times faster than all elements' isfinite
-        # One sequence at a time keeps a CPU's temporaries in its cache.
-        parts = x.split(len(x) if x.is_cuda else 1)
+        # One sequence at a time keeps a CPU's temporaries in its cache; [tokens, width] has none.
+        parts = x.split(1 if x.ndim > 2 and not x.is_cuda else len(x))
         return torch.cat([self.reference(label, part) for part in parts])
 
     def reference(self, label: str, x: torch.Tensor) -> torch.Tensor:
