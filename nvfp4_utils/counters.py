@@ -133,8 +133,8 @@ class Counters:
             self.closed_bytes -= oldest.table_bytes
             oldest.flush()
             self.sparse_bytes += oldest.statistics.nbytes
-            if self.sparse_bytes > self.room:  # slow, as the host waits for each, but it ends
-                oldest.statistics = oldest.statistics.to("cpu")
+            if self.sparse_bytes > self.room:
+                oldest.leave_device()
 
     def check(self, model: nn.Module, fed: int) -> None:
         """Refuse a site that has not seen every sequence once; done after every forward."""

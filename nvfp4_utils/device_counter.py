@@ -10,6 +10,7 @@ a tensor some tensors later, when it has long arrived.
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .kernels.joint_table import (
     new_reports,
     unplaced_blocks,
 )
+from .mover import Mover
 from .quantize import BLOCK_SIZE, check_tensor, naming, nonfinite_error
 from .statistics import ActivationStatistics
 
@@ -40,6 +42,7 @@ class Reports:
     """
 
     def __init__(self) -> None:
+        self.mover = Mover()
         self.sent: deque = deque()
         self.rows: Any = None  # a tensor of the reports that are not sent yet
         self.entries: list[tuple] = []  # counter and its tensors, one a row
@@ -100,6 +103,7 @@ class DeviceCounter:
         self.rest: list[torch.Tensor] = []
         self.elements = self.zero_blocks = 0
         self.statistics = ActivationStatistics()
+        self.leaving: Future | None = None  # of a statistic that is on its way to the host
 
     def add(self, x: torch.Tensor, keep: torch.Tensor | None, padding: int) -> torch.Tensor:
         """Count ``x`` [sequences, tokens, ...] where ``keep``; returns each sequence's amax.
@@ -194,10 +198,18 @@ class DeviceCounter:
         self.table = self.cells = None
         self.elements = 0
 
+    def leave_device(self) -> None:
+        """Begin to move the statistic to the host's memory; nobody waits but ``finish``."""
+        if self.statistics.keys.is_cuda:  # else nothing was counted
+            self.leaving = self.reports.mover.move(self.statistics)
+            self.statistics = ActivationStatistics()
+
     def finish(self) -> ActivationStatistics:
         """The statistic; waits for the device."""
         self.reports.settle(self)
         self.flush()
+        if self.leaving is not None:
+            self.statistics = self.statistics.merge(self.leaving.result())
         if self.rest and self.window is not None:
             self._add_rest(torch.cat(self.rest), *self.window)
         if self.zero_blocks:

@@ -25,8 +25,8 @@ ORDER = (
     "nvfp4_utils.histogram",
     "nvfp4_utils.error nvfp4_utils.statistic_file",
     "nvfp4_utils.statistics",
-    "nvfp4_utils.search nvfp4_utils.device_counter nvfp4_utils.forward",
-    "nvfp4_utils.policies nvfp4_utils.sites",
+    "nvfp4_utils.search nvfp4_utils.mover nvfp4_utils.forward",
+    "nvfp4_utils.policies nvfp4_utils.sites nvfp4_utils.device_counter",
     "nvfp4_utils.counters",
     "nvfp4_utils.hooks",
     "nvfp4_utils",
@@ -128,12 +128,12 @@ def test_each_page_module_is_shared_or_a_notebook() -> None:
 def test_the_helper_is_small() -> None:
     modules = [p for p in HELPER if p.name != "__init__.py"]
     lines = {module_name(p): len(p.read_text().splitlines()) for p in HELPER}
-    assert len(modules) <= 15
+    assert len(modules) <= 16
     # 2,200 at the split. After it came the block-weighted SNR, the policies that use the room above the
     # amax, and the checks that a site sees every sequence once; then sites found by structure on any
     # architecture, mixtures of experts, a check of every batch, a statistic's file that is checked in
     # full, and an oracle that is exact and fast.
-    assert sum(lines.values()) <= 3350
+    assert sum(lines.values()) <= 3400
     assert max(lines.values()) <= 300, lines
     assert len(list((ROOT / "nvfp4_utils").rglob("*.cu"))) == 1
 
