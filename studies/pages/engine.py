@@ -228,28 +228,34 @@ def greedy(stored: Stored) -> str:
 
 def answer(stored: Stored) -> str:
     """The page's answer, simple HTML."""
-    table, policies, grown = prefill_table(stored), policy_table(stored), growth_table(stored)
+    table, grown = prefill_table(stored), growth_table(stored)
     row, n = table.loc[VLLM], len(stored.by_site("amax"))
     snr, block = (row[f"largest {name} change (dB)"] for name in ("SNR", "block SNR"))
     verdict = ("The same to the bit" if row["sites with the same statistic"] == n else
                "Not the same bits, but no site's SNR notices" if max(snr, block) < NOTICED_DB else
                "Not the same bits; the blocks do not notice, the SNR of some sites does"
                if block < NOTICED_DB else "No: at some sites the blocks need other scales")  # fmt: skip
-    gap, error = engine_gap(stored)
     top, real = grown.loc[list(DECODES)], grown.loc["real text"]
-    same, equal = (int(row[f"sites with the same {what}"]) for what in ("statistic", "amax"))
-    raised, ratio = policies.loc["raised"], top["highest ratio"].max()
     return (
-        f"<strong>{verdict}.</strong> Of {n} sites {same} have the same statistic in vLLM and in "
-        f"transformers, and {equal} the same amax. It is off by factors of "
-        f"{row['lowest amax ratio']:.3f} to {row['highest amax ratio']:.3f}, and transformers' scale "
-        f"changes the SNR in vLLM by up to "
-        f"{snr:.2f} dB at one site, but by {block:.2f} dB with every block weighted "
-        f"alike. `raised` moves by {raised.lowest:+.2f} to {raised.highest:+.2f} octaves. The rise of "
-        f"NLL differs by at most {gap:+.3f} nats (standard error {error:.3f}). While generating, "
-        f"up to {top['sites above'].max()} sites exceed the calibration text's amax, by a factor of "
-        f"up to {ratio:.2f}; real text after the same prompts does so at {real['sites above']}, by up "
-        f"to {real['highest ratio']:.2f}."
+        f"<strong>{verdict}.</strong> Transformers' scales change the SNR in vLLM by up to {snr:.2f} dB "
+        f"at one site, with every block weighted alike by {block:.2f} dB. While generating, up to "
+        f"{top['sites above'].max()} sites exceed the calibration text's amax; real text after the same "
+        f"prompts does so at {real['sites above']}."
+    )
+
+
+def details(stored: Stored) -> str:
+    """What the answer rests on, a sentence each; Markdown."""
+    table, raised = prefill_table(stored), policy_table(stored).loc["raised"]
+    row, n = table.loc[VLLM], len(stored.by_site("amax"))
+    same, equal = (int(row[f"sites with the same {what}"]) for what in ("statistic", "amax"))
+    low, high = row["lowest amax ratio"], row["highest amax ratio"]
+    gap, error = engine_gap(stored)
+    return (
+        f"Of {n} sites {same} have the same statistic in vLLM and in transformers, and {equal} the same "
+        f"amax; it is off by factors of {low:.3f} to {high:.3f}. "
+        f"`raised` moves by {raised.lowest:+.2f} to {raised.highest:+.2f} octaves. The rise of NLL "
+        f"differs by at most {gap:+.3f} nats (standard error {error:.3f})."
     )
 
 
