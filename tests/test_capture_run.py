@@ -218,8 +218,8 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "RUN", "TEST")}
-    return subprocess.run(["make", "--no-print-directory", "-n", "-o", ".venv/.book", *arguments], cwd=ROOT, text=True,
-                          capture_output=True, env=environment)  # fmt: skip
+    command = ["make", "--no-print-directory", "-n", "-o", ".venv/.book", *arguments]
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment)
 
 
 @pytest.mark.parametrize("name", ["a b", "../x", ".x", "a`touch x`", "$(shell touch EVIL)", "a'b"])
