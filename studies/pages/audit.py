@@ -266,8 +266,7 @@ def answer(found: Mapping[str, Skeleton], table: pd.DataFrame, broken: pd.DataFr
     clipping = table[table.saturation < 0].groupby("tool").size().max()
     verdict = "Each is found by reading the scales alone" if not gone else f"All but {gone} are found"
     return (
-        f"<strong>{verdict}: {len(broken)} ways to break a checkpoint, made from {len(found)} "
-        "sound ones "
+        f"<strong>{verdict}: {len(broken)} ways to break a checkpoint, made from sound ones "
         "that raise no alarm.</strong> Whether a sound scale fits the model only a captured run "
         "tells: of "
         f"{sites} sites, up to {clipping} clip what {run.name} saw, and {top.site} would lose "

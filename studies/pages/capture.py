@@ -35,12 +35,7 @@ def answer(table: pd.DataFrame, scope: str) -> str:
     if len(safe) < len(table) / 2:
         verdict = "Not tame"
     spare = f", with {safe.min():.1f} octaves or more to spare" if len(safe) else ""
-    rest = (
-        f" The other {len(tight)}, all {kinds}, have no such amax, on account of at most "
-        f"{100 - tight['normal %'].min():.2f} % of their nonzero blocks."
-        if len(tight)
-        else ""
-    )
+    rest = f" The others, all {kinds}, have none." if len(tight) else ""
     return (
         f"<strong>{verdict}: at {len(safe)} of {len(table)} sites one amax keeps every block of the "
         f"tensor in the normal range of its scale{spare}.</strong>{rest} Scope: {scope}."
@@ -50,11 +45,18 @@ def answer(table: pd.DataFrame, scope: str) -> str:
 def range_prose(table: pd.DataFrame, calibration: int) -> str:
     """The spread over sites that the answer leaves out, Markdown."""
     room = table[ROOM]
+    tight = table[room < 0]
+    without = (
+        f" At the {len(tight)} without such an amax at most {100 - tight['normal %'].min():.2f} % of "
+        "the nonzero blocks stand in its way."
+        if len(tight)
+        else ""
+    )
     widest = f" The widest room is {room.max():.1f} octaves." if (room >= 0).any() else ""
     return (
         f"Of these {calibration} sequences the largest magnitude of a site runs from "
-        f"{table.amax.min():.3g} to {table.amax.max():.3g} across layers and sites.{widest} An outlier "
-        "that these tokens do not meet would change the answer."
+        f"{table.amax.min():.3g} to {table.amax.max():.3g} across layers and sites.{widest}{without} An "
+        "outlier that these tokens do not meet would change the answer."
     )
 
 

@@ -28,9 +28,9 @@ def answer(landed: pd.DataFrame, site: str, scope: str) -> str:
     octaves = np.log2(landed.calibrated_amax.max() / landed.calibrated_amax.min())
     return (
         f"<strong>At {site}, {close} of {len(others)} policies land within {CLOSE_DB} dB of the "
-        f"oracle</strong> ({oracle:.2f} dB) with calibrated amaxes that span {octaves:.1f} octaves; "
-        f"{worst} is the lowest, at {others.snr_db[worst]:.2f} dB. Scope: {scope}; other sites and "
-        "mixes may answer otherwise: that is what this page is for."
+        f"oracle.</strong> Their calibrated amaxes span {octaves:.1f} octaves, and {worst} is the "
+        f"lowest. Scope: {scope}; other sites and mixes may answer otherwise: that is what this page "
+        "is for."
     )
 
 

@@ -200,10 +200,15 @@ def display_html(text: str) -> None:
 
 
 def answer(text: str, *, title: str = "Answer") -> None:
-    """Display the answer box of a page; ``text`` is simple HTML, code may be in backticks."""
+    """Display the answer box of a page; ``text`` is simple HTML, code may be in backticks.
+
+    What follows ``Scope:`` is set apart from the answer.
+    """
     heading = f'<p class="admonition-title">{title}</p>'
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
-    _display("HTML", f'<div class="admonition tip">{heading}<p>{text}</p></div>')
+    text, colon, scope = text.partition(" Scope: ")
+    below = f"<p><small>Scope: {scope}</small></p>" if colon else ""
+    _display("HTML", f'<div class="admonition tip">{heading}<p>{text}</p>{below}</div>')
 
 
 def prose(text: str) -> None:
