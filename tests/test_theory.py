@@ -148,7 +148,7 @@ def test_a_site_kind_without_a_colour_is_drawn_grey() -> None:
 
 def test_answer_states_its_numbers_and_its_verdict_follows_them(tables: Any) -> None:
     text = theory.answer(*tables, 0.1, "toy model")
-    assert text.startswith("<strong>Only in part.</strong> Over 3 curves of the toy model")
+    assert text.startswith("<strong>Only in part.</strong> Over the curves of the toy model")
     assert "within 0.25 dB" in text and "within a factor of 2.00" in text
     assert "off by up to 1.8 dB" in text  # o_proj: 2 dB lost an octave early, from 0.2 dB above
     near = study({"mlp_input": SITES["mlp_input"]})

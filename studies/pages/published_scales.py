@@ -214,13 +214,11 @@ def answer(ratios: pd.DataFrame) -> str:
     down, norm = (shares.loc[site, "above 1.25 (%)"] for site in ("down_proj_input", "mlp_input"))
     verdict = "That text matters at down_proj inputs, hardly" if down > 2 * norm else "That text matters"
     where = " at MLP inputs" if down > 2 * norm else " at both sites"
-    top = np.log2(shares.highest.max())
     return (
         f"<strong>{verdict}{where}.</strong> Calibrated on other text, {down:.0f} % of the published "
-        f"down_proj amaxes of {ratios.model.nunique()} models are more than a quarter above the "
+        f"down_proj amaxes are more than a quarter above the "
         f"reference set's, against {norm:.0f} % at MLP inputs, which follow a norm. A margin of "
-        f"{margin(ratios, 'down_proj_input'):.1f} octaves would cover 95 in 100 of them, the largest "
-        f"needs {top:.1f}."
+        f"{margin(ratios, 'down_proj_input'):.1f} octaves would cover 95 in 100 of them."
     )
 
 

@@ -298,13 +298,9 @@ def answer(rows: pd.DataFrame) -> str:
     reproduced = int(n.get(REPRODUCED, 0))
     share = reproduced / len(checked)
     word = "yes" if share == 1 else "mostly" if share > 0.5 else "seldom"
-    kinds = {
-        DRAW: "by no more than other random seeds do among themselves",
-        CLIPPING: "in how data clip that outgrow their calibration",
-        UNEXPLAINED: "without a reason we found",
-    }
-    apart = [f"{n[kind]} {words}" for kind, words in kinds.items() if kind in n]
-    differ = f" {len(checked) - reproduced} differ: {', '.join(apart)}." if apart else ""
+    unexplained = int(n.get(UNEXPLAINED, 0))
+    differ = " The others differ as random draws and clipping do" if share < 1 else ""
+    differ += f", but {unexplained} for no reason we found." if unexplained else "." if differ else ""
     rest = len(rows) - len(checked)
     return (
         f"<strong>Where they can be checked, {word}: {reproduced} of {len(checked)} numbers are "

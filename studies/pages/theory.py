@@ -295,7 +295,7 @@ def answer(points: pd.DataFrame, curves: pd.DataFrame, loss_db: float, model_nam
     if plateau < 1 and factor < 1.25:
         verdict = "Yes" if cliff < 1 else "Where a calibrator works, yes; down the cliffs, no"
     return (
-        f"<strong>{verdict}.</strong> Over {len(matched) // 2} curves of the {model_name}, block "
+        f"<strong>{verdict}.</strong> Over the curves of the {model_name}, block "
         f"amaxes and signal power predict the SNR of the plateau within {plateau:.2f} dB and the "
         f"amaxes where {loss_db:g} dB is lost within a factor of {factor:.2f}; where more is lost, the "
         f"SNR is off by up to {cliff:.1f} dB. What would change this: sites whose blocks hold nearly "

@@ -202,9 +202,8 @@ def answer(runs: Sequence[Run], harm: float = HARM, harmless_db: float = HARMLES
     return (
         f"<strong>{long}{close}.</strong> Of {int(table.harmful[name])} settings of a single site "
         f"that raise the model's KL by over {harm - 1:.0%}, it calls {int(table.missed[name])} "
-        f"harmless, where {rest} alone passes {int(table.missed[rest])}, or {control} if its limit is "
-        "lowered to as many false alarms. It judges a scale against others of the same site; which "
-        "site matters more, none of these numbers says."
+        f"harmless, where {rest} alone passes {int(table.missed[rest])}. It judges a scale "
+        "against others of the same site; which site matters more, none of these numbers says."
     )
 
 
