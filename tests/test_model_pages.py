@@ -20,9 +20,9 @@ def test_explore_counts_the_policies_that_are_close() -> None:
                           index=["headroom", "p99", "oracle"])  # fmt: skip
     text = explore.answer(landed, "a site", "a model")
     assert text.startswith(
-        "<strong>At a site, 1 of 2 policies land within 0.1 dB of the oracle</strong>"
+        "<strong>At a site, 1 of 2 policies land within 0.1 dB of the oracle.</strong>"
     )
-    assert "span 10.4 octaves; p99 is the lowest, at 19.00 dB. Scope: a model" in text
+    assert "span 10.4 octaves, and p99 is the lowest. Scope: a model" in text
     table = explore.policy_table(landed)
     assert list(table.index) == ["oracle", "headroom", "p99"]
     assert table.gap.tolist() == pytest.approx([0, 0.05, 1.05])
@@ -49,7 +49,7 @@ def test_losses_are_of_the_unquantized_model() -> None:
 
 def test_models_answer_follows_the_runs() -> None:
     text = models.answer({"reference": run_of(2.0), "smollm2": run_of(3.5)})
-    assert "On 2 trained decoders with 4 sites: 1 public models" in text
+    assert "On 2 trained decoders with 4 sites, public ones" in text
     assert "2.00 to 3.50 nats per token" in text
     assert models.test_size(run_of(2.0)) == "8 sequences of 512 tokens"
 

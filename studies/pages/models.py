@@ -174,8 +174,9 @@ def answer(runs: Mapping[str, Run]) -> str:
     public = [name for name in runs if pretrained.MODELS[name].wheels]
     sites = sum(len(run.sites) for run in runs.values())
     return (
-        f"<strong>On {len(runs)} trained decoders with {sites} sites: {len(public)} public models, "
-        "and what was trained for this book.</strong> On held-out text they lose "
+        f"<strong>On {len(runs)} trained decoders with {sites} sites"
+        f"{', public ones and what was trained for this book' if public else ''}.</strong> On held-out "
+        "text they lose "
         f"{loss.min(axis=None):.2f} to {loss.max(axis=None):.2f} nats per token before any activation "
         "is quantized. They are small; large models enter through published numbers only."
     )
