@@ -21,8 +21,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from nvfp4_utils.forward import evaluation_mode
+
 from .predictions import check_model, compare, last_hidden
-from .quantized import Sites, TokenSnr, evaluation_mode, find_linears, not_finite, quantized
+from .quantized import Sites, TokenSnr, find_linears, not_finite, quantized
 from .quantized import quantized_weights as quantize_weights
 from .run_folder import whole
 from .scoring import resamples

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from .quantized import Sites, evaluation_mode
+from nvfp4_utils.forward import evaluation_mode
+
+from .quantized import Sites
 
 # Logits of this size, float32, are made at once; four such tensors live at a time.
 LOGITS_BYTES = {"cuda": 2**29, "cpu": 2**26}
