@@ -251,6 +251,7 @@ def _predictions(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tens
 
 def _later(model: Any, tokens: torch.Tensor) -> dict[str, ActivationStatistics]:
     """Of tokens [sequences, LENGTH] read at once, those that decoding reads: after the prompt."""
+    from nvfp4_utils.sites import find_sites
     from studies.runs.captured import follow
 
     found: dict[str, ActivationStatistics] = {}
@@ -258,5 +259,5 @@ def _later(model: Any, tokens: torch.Tensor) -> dict[str, ActivationStatistics]:
     def count(label: str, x: torch.Tensor) -> None:
         found.setdefault(label, ActivationStatistics()).update(x[:, PROMPT : LENGTH - 1])
 
-    follow(model, [tokens], count)
+    follow(model, find_sites(model), [tokens], count)
     return found

@@ -11,15 +11,10 @@ import torch
 
 from nvfp4_utils.forward import entry_of
 from nvfp4_utils.hooks import capture, hooked
-from nvfp4_utils.sites import Site, find_sites
+from nvfp4_utils.sites import Site
 from nvfp4_utils.statistics import SiteStatistics
 
 Callback = Callable[[str, torch.Tensor], None]
-
-
-def labels(model) -> list[str]:
-    """Every site's label, in module order."""
-    return list(find_sites(model))
 
 
 def _by_sequence(sites: dict[str, Site]) -> dict[str, Site]:
@@ -28,19 +23,22 @@ def _by_sequence(sites: dict[str, Site]) -> dict[str, Site]:
 
 
 def count(
-    model, batches: Iterable, group: int, callbacks: Sequence[Callback] = ()
+    model,
+    sites: dict[str, Site],
+    batches: Iterable,
+    group: int,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, SiteStatistics]:
     """Statistics of every site, with other callbacks fed by the same forward passes."""
-    found = find_sites(model)
     with ExitStack() as stack:
         for callback in callbacks:
-            stack.enter_context(hooked(model, _by_sequence(found), callback))
-        return capture(model, batches, found, group_size=group)
+            stack.enter_context(hooked(model, _by_sequence(sites), callback))
+        return capture(model, batches, sites, group_size=group)
 
 
-def follow(model, batches: Iterable[torch.Tensor], callback: Callback) -> None:
+def follow(model, sites: dict[str, Site], batches: Iterable[torch.Tensor], callback: Callback) -> None:
     """Run batches of int64 tokens for a callback alone."""
     device = next(model.parameters()).device
-    with torch.inference_mode(), hooked(model, _by_sequence(find_sites(model)), callback):
+    with torch.inference_mode(), hooked(model, _by_sequence(sites), callback):
         for batch in batches:
             entry_of(model)(input_ids=batch.to(device))

@@ -12,6 +12,7 @@ import torch
 
 from nvfp4_utils.policies import calibrate
 from nvfp4_utils.quantize import UNDERFLOWS
+from nvfp4_utils.sites import find_sites
 from studies.data import corpora
 
 from . import captured, plan, tables, unfinished
@@ -107,7 +108,8 @@ def _calibrate(model, texts, length: int) -> dict[str, dict[str, float]]:
     batch = max(1, BATCH_TOKENS // length)
     batches = [{"input_ids": t, "attention_mask": m}
                for t, m in zip(tokens.split(batch), mask.split(batch), strict=True)]  # fmt: skip
-    sites = captured.count(model, batches if mask.min() == 0 else tokens.split(batch), len(tokens))
+    parts = batches if mask.min() == 0 else tokens.split(batch)
+    sites = captured.count(model, find_sites(model), parts, len(tokens))
     return {site: calibrate(statistics.total) for site, statistics in sites.items()}
 
 

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from nvfp4_utils.policies import calibrate
+from nvfp4_utils.sites import find_sites
 
 from . import captured, run_folder, scoring, tables, unfinished
 from .capture_settings import CaptureSettings
@@ -56,12 +57,13 @@ def calibration_stage(
 ) -> None:
     """Everything that a mix's calibration pool decides; nothing of the test pool is seen."""
     side = path / unfinished.FOLDER / "calibration"
-    sites, device = captured.labels(model), next(model.parameters()).device
+    found_sites, device = find_sites(model), next(model.parameters()).device
+    sites = list(found_sites)
     if not (unfinished.kept(side, sites) and _counted(path, detailed)):
         tokens = texts.calibration
         subsets, largest = SubsetMarginals(len(tokens), settings.draws, device), TokenAmaxes()
         callbacks = [subsets.count, largest.count] if detailed else []
-        counted = captured.count(model, _batches(tokens, settings), len(tokens), callbacks)
+        counted = captured.count(model, found_sites, _batches(tokens, settings), len(tokens), callbacks)
         found = tables.pool_tables("calibration", counted, texts.calibration_source, detailed)
         if detailed:
             found |= {"subsets": subsets.table(), "tokens": largest.table(tokens, tokenizer)}
@@ -104,10 +106,11 @@ def test_stage(
     """Score every calibration on one mix's test pool."""
     detailed, windowed = settings.is_detailed(mix), settings.is_windowed(mix)
     side = path / unfinished.FOLDER / "test"
-    sites, device = captured.labels(model), next(model.parameters()).device
+    found_sites, device = find_sites(model), next(model.parameters()).device
+    sites = list(found_sites)
     before = {name: tables.calibration_table(path, name) for name in calibration_names(detailed)}
     if not (unfinished.kept(side, sites) and run_folder.whole([side / "counted.parquet"])):
-        counted = captured.count(model, _batches(texts.test, settings), settings.test_group)
+        counted = captured.count(model, found_sites, _batches(texts.test, settings), settings.test_group)
         unfinished.keep(side, counted)
         for name, table in tables.pool_tables("test", counted, texts.test_source, detailed).items():
             write_table(pd.concat([before[name], table]), side / f"with_test_{name}.parquet")
@@ -150,7 +153,7 @@ def test_stage(
     }
     direct = scoring.WindowErrors(menu, scoring.window_length(texts.test.shape[1]))
     parts = tqdm(_batches(texts.test, settings), desc="windows", unit="batch")
-    captured.follow(model, parts, direct.count)
+    captured.follow(model, found_sites, parts, direct.count)
     windows = direct.table()
     if windowed:
         write_table(scoring.as_float32(windows), path / "windows.parquet")
